@@ -1,0 +1,364 @@
+"""The codec for torch: argument checks, and tensors in and out of `sparsekit.codec.core`."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsekit.codec import core
+from sparsekit.codec.core import MaskEncoding
+from sparsekit.codec.sections import Bools, Elements
+from sparsekit.codec.wire import (
+    DTYPE_BY_NAME,
+    MAX_DIMS,
+    MAX_NAME_BYTES,
+    DType,
+    Header,
+    Placed,
+    parse,
+    quote,
+)
+from sparsekit.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    BudgetError,
+    TemplateError,
+)
+from sparsekit.types import Masks, State
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+Level: TypeAlias = Literal["fast", "balanced", "small"]
+
+DEFAULT_MAX_BYTES = 4 * 2**30
+
+_LOSSY = ("bf16", "int8", "int4")
+_TORCH_BY_NAME: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_BY_NAME}
+_NAME_BY_TORCH = {dtype: name for name, dtype in _TORCH_BY_NAME.items()}
+
+
+def encode(
+    state: State,
+    *,
+    masks: Masks | None = None,
+    base: State | None = None,
+    level: Level = "balanced",
+    values: Literal["lossless"] = "lossless",
+    mask_encoding: MaskEncoding = "auto",
+    round: int = 0,
+) -> bytes:
+    """Write a state as a payload: masks and kept values, checked by checksums.
+
+    The same input gives the same bytes, always. A -0.0 becomes +0.0; every other bit pattern
+    comes back unchanged.
+
+    Parameters
+    ----------
+    state : mapping of str to Tensor
+        Tensors of any shape, of dtype float32, float64, float16, bfloat16, int8, int16, int32,
+        int64, uint8 or bool. Tensors on another device are copied to the CPU.
+    masks : mapping of str to Tensor, optional
+        Bool tensors for some of the names, of the same shapes, True where a weight is kept. A
+        kept weight may be 0. A tensor without one is masked by its own non-zero pattern where
+        that takes fewer bytes than storing it whole.
+    base : mapping of str to Tensor, optional
+        A state that the receiver holds as well. A mask equal to the non-zero pattern of the base
+        tensor of the same name then takes no bytes, and decoding needs the base.
+    level : {"fast", "balanced", "small"}
+        Speed against bytes. The levels differ from the release that adds coded sections; in
+        this one they give the same bytes.
+    values : {"lossless"}
+        This release encodes values losslessly only.
+    mask_encoding : {"auto", "dense", "bitmap", "csr", "same"}
+        "auto" takes the smallest. Another one is used for every tensor in `masks` (without
+        `masks`: of two dimensions or more) that keeps some but not all of its elements.
+    round : int
+        A number that travels in the header, 0 to 2**64 - 1.
+
+    Returns
+    -------
+    bytes
+        A payload in the format of ``docs/wire-format.md``.
+
+    Raises
+    ------
+    ArgumentTypeError
+        For a name that is no string, a value that is no dense tensor of a listed dtype, a mask
+        that is not bool.
+    ArgumentError
+        For a non-zero value outside its mask, a mask of another shape or without a tensor, and
+        an option that is unknown or cannot be met.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sparsekit.codec import decode, encode
+    >>> payload = encode({"w": torch.tensor([[0.0, 1.5], [0.0, 0.0]])})
+    >>> decode(payload)["w"]
+    tensor([[0.0000, 1.5000],
+            [0.0000, 0.0000]])
+    """
+    _check_choice("level", level, get_args(Level))
+    if values in _LOSSY:
+        raise ArgumentError(
+            f"values: this release encodes losslessly only, got {values!r}; use 'lossless'"
+        )
+    _check_choice("values", values, ("lossless",))
+    _check_choice("mask_encoding", mask_encoding, get_args(MaskEncoding))
+    if mask_encoding == "same" and base is None:
+        raise ArgumentError("mask_encoding: 'same' needs a base")
+    if isinstance(round, bool) or not isinstance(round, int):
+        raise ArgumentTypeError(f"round: expected an int, got {type(round).__name__}")
+    if not 0 <= round < 2**64:
+        raise ArgumentError(f"round: expected 0 to 2**64 - 1, got {round}")
+    elements = _elements_of_state(state, "state")
+    return core.encode_elements(
+        elements,
+        None if masks is None else _flat_masks(masks, elements),
+        None if base is None else _elements_of_state(base, "base"),
+        mask_encoding,
+        round,
+    )
+
+
+def decode(
+    payload: Buffer,
+    *,
+    base: State | None = None,
+    template: State | None = None,
+    max_bytes: int | None = None,
+) -> dict[str, Tensor]:
+    """Read the state out of a payload, which may be hostile.
+
+    Parameters
+    ----------
+    payload : bytes, bytearray or memoryview
+        What `encode` returned.
+    base : mapping of str to Tensor, optional
+        The state that was the sender's base; not looked at where the payload needs none.
+    template : mapping of str to Tensor, optional
+        A state that the payload must match in names, shapes and dtypes; their order and the
+        template's values and device do not matter.
+    max_bytes : int, optional
+        Most bytes that the decoded tensors may take. With neither `template` nor `max_bytes`
+        the limit is 4 GiB.
+
+    Returns
+    -------
+    dict of str to Tensor
+        Contiguous CPU tensors in the payload's order, which own their memory.
+
+    Raises
+    ------
+    CodecError
+        Whatever is wrong with the payload: `TruncatedError`, `FormatError`, `ChecksumError`,
+        `VersionError`, `BudgetError`, `BaseMismatchError` or `TemplateError`. All sizes are
+        checked before memory is taken for them.
+    ArgumentTypeError, ArgumentError
+        For an argument of a wrong type or value.
+    """
+    view = as_bytes_view(payload)
+    limit = _byte_limit(template, max_bytes)
+    header = parse(view)
+    records = [placed for placed in header.records if placed.record.dtype is not None]
+    if template is not None:
+        _check_template(records, template)
+    needed = sum(r.n * r.dtype.itemsize for p in records if (r := p.record).dtype is not None)
+    if limit is not None and needed > limit:
+        raise BudgetError(
+            f"payload: it decodes to {needed} bytes, the limit is {limit}; "
+            "pass a larger max_bytes if the sender is to be trusted with them"
+        )
+    held = _held_base(header, base)
+    return {p.record.name: _to_tensor(core.decode_record(view, p, held)) for p in records}
+
+
+def decode_masks(payload: Buffer, *, base: State | None = None) -> dict[str, Tensor]:
+    """Read the masks out of a payload, which may be hostile.
+
+    Parameters
+    ----------
+    payload : bytes, bytearray or memoryview
+        What `encode` returned.
+    base : mapping of str to Tensor, optional
+        The state that was the sender's base.
+
+    Returns
+    -------
+    dict of str to Tensor, bool
+        One mask per tensor: the one given to `encode`; without one, the non-zero pattern, or all
+        True where the tensor is stored whole.
+
+    Raises
+    ------
+    CodecError
+        As `decode`; masks of more than 4 GiB in all are refused.
+    """
+    view = as_bytes_view(payload)
+    header = parse(view)
+    records = [placed for placed in header.records if placed.record.dtype is not None]
+    needed = sum(placed.record.n for placed in records)
+    if needed > DEFAULT_MAX_BYTES:
+        raise BudgetError(
+            f"payload: its masks take {needed} bytes, the limit is {DEFAULT_MAX_BYTES}"
+        )
+    held = _held_base(header, base)
+    return {
+        p.record.name: torch.from_numpy(core.decode_mask(view, p, held).reshape(p.record.shape))
+        for p in records
+    }
+
+
+def base_digest(state: State) -> bytes:
+    """Digest of a state, 16 bytes, by which a payload names its base.
+
+    It depends on names, dtypes, shapes and values, not on the order of the names, the device or
+    the memory layout; -0.0 counts as +0.0, so that a state and what decodes from its payload
+    have the same digest.
+
+    Parameters
+    ----------
+    state : mapping of str to Tensor
+        As for `encode`.
+
+    Returns
+    -------
+    bytes
+        xxh3_128 of the serialisation in ``docs/wire-format.md``.
+    """
+    return core.digest_elements(_elements_of_state(state, "state"))
+
+
+def as_bytes_view(payload: Buffer) -> memoryview:
+    """View a payload as one run of bytes."""
+    if not isinstance(payload, bytes | bytearray | memoryview):
+        raise ArgumentTypeError(
+            f"payload: expected bytes, bytearray or memoryview, got {type(payload).__name__}"
+        )
+    view = memoryview(payload)
+    return view.cast("B") if view.c_contiguous else memoryview(view.tobytes())
+
+
+def _check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        expected = ", ".join(map(repr, choices))
+        raise ArgumentError(f"{argument}: expected one of {expected}, got {value!r}")
+
+
+def _byte_limit(template: State | None, max_bytes: int | None) -> int | None:
+    if max_bytes is None:
+        return DEFAULT_MAX_BYTES if template is None else None
+    if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
+        raise ArgumentTypeError(f"max_bytes: expected an int, got {type(max_bytes).__name__}")
+    if max_bytes < 0:
+        raise ArgumentError(f"max_bytes: expected 0 or more, got {max_bytes}")
+    return max_bytes
+
+
+def _check_template(records: list[Placed], template: State) -> None:
+    _check_mapping(template, "template")
+    found = {placed.record.name: placed.record for placed in records}
+    for name in template:
+        if name not in found:
+            raise TemplateError(f"payload: it lacks {quote(name)}, which the template has")
+    for name, record in found.items():
+        if name not in template:
+            raise TemplateError(f"payload: it has {quote(name)}, which the template lacks")
+        expected = tuple(template[name].shape), _dtype_of(template[name], name, "template").name
+        got = record.shape, None if record.dtype is None else record.dtype.name
+        if expected != got:
+            raise TemplateError(
+                f"payload: expected {quote(name)} as {expected[1]} {expected[0]}, "
+                f"got {got[1]} {got[0]}"
+            )
+
+
+def _held_base(header: Header, base: State | None) -> Mapping[str, Elements]:
+    needs_base = any(header.base_digest)
+    given = None if base is None or not needs_base else _elements_of_state(base, "base")
+    return core.checked_base(header, given)
+
+
+def _check_mapping(state: object, argument: str) -> None:
+    if not isinstance(state, Mapping):
+        raise ArgumentTypeError(
+            f"{argument}: expected a mapping of names to tensors, got {type(state).__name__}"
+        )
+
+
+def _dtype_of(tensor: object, name: str, argument: str) -> DType:
+    if not isinstance(tensor, Tensor):
+        raise ArgumentTypeError(
+            f"{argument}: expected a tensor for {quote(name)}, got {type(tensor).__name__}"
+        )
+    known = _NAME_BY_TORCH.get(tensor.dtype)
+    if known is None or tensor.layout is not torch.strided:
+        raise ArgumentTypeError(
+            f"{argument}: {quote(name)} is a {tensor.layout} tensor of {tensor.dtype}; expected "
+            f"torch.strided and one of {', '.join(DTYPE_BY_NAME)}"
+        )
+    return DTYPE_BY_NAME[known]
+
+
+def _elements_of_state(state: State, argument: str) -> dict[str, Elements]:
+    _check_mapping(state, argument)
+    return {name: _elements_of(tensor, name, argument) for name, tensor in state.items()}
+
+
+def _elements_of(tensor: Tensor, name: str, argument: str) -> Elements:
+    _check_name(name, argument)
+    dtype = _dtype_of(tensor, name, argument)
+    if tensor.ndim > MAX_DIMS:
+        raise ArgumentError(
+            f"{argument}: {quote(name)} has {tensor.ndim} dimensions, at most {MAX_DIMS} can travel"
+        )
+    if tensor.is_meta:
+        raise ArgumentError(f"{argument}: {quote(name)} is a meta tensor, which holds no values")
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    as_int = getattr(torch, f"int{8 * dtype.itemsize}")
+    bits = flat.view(as_int).numpy().view(f"u{dtype.itemsize}")
+    return Elements(dtype, tuple(tensor.shape), bits)
+
+
+def _check_name(name: Any, argument: str) -> None:
+    if not isinstance(name, str):
+        raise ArgumentTypeError(
+            f"{argument}: expected names of type str, got {type(name).__name__}"
+        )
+    try:
+        raw = name.encode()
+    except UnicodeEncodeError:
+        raise ArgumentError(f"{argument}: the name {quote(name)} cannot be UTF-8") from None
+    if len(raw) > MAX_NAME_BYTES or 0 in raw:
+        raise ArgumentError(
+            f"{argument}: the name {quote(name)} must have at most {MAX_NAME_BYTES} bytes, "
+            "none of them zero"
+        )
+
+
+def _flat_masks(masks: Masks, state: Mapping[str, Elements]) -> dict[str, Bools]:
+    _check_mapping(masks, "masks")
+    flat = {}
+    for name, mask in masks.items():
+        if name not in state:
+            raise ArgumentError(f"masks: {name!r} is not in the state")
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise ArgumentTypeError(f"masks: expected a bool tensor for {quote(name)}, got {got}")
+        if tuple(mask.shape) != state[name].shape:
+            raise ArgumentError(
+                f"masks: expected shape {state[name].shape} for {quote(name)}, "
+                f"got {tuple(mask.shape)}"
+            )
+        flat[name] = _elements_of(mask, name, "masks").bits.view(np.bool_)
+    return flat
+
+
+def _to_tensor(elements: Elements) -> Tensor:
+    name = elements.dtype.name
+    if name == "bfloat16":
+        # NumPy has no bfloat16: the bits cross as int16.
+        shaped = elements.bits.view(np.int16).reshape(elements.shape)
+        return torch.from_numpy(shaped).view(torch.bfloat16)
+    return torch.from_numpy(elements.bits.view(name).reshape(elements.shape))

@@ -1,0 +1,372 @@
+"""The container: header, records and the sizes that every code needs, in plain integers.
+
+`docs/wire-format.md` describes the bytes. Nothing here allocates by a number from a payload:
+`parse` checks every one of them first, with Python integers, which cannot overflow.
+"""
+
+import enum
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import xxhash
+
+from sparsekit.errors import ChecksumError, FormatError, TruncatedError, VersionError
+
+MAGIC = b"\x89SPU\r\n\x1a\n"
+MAJOR = 1
+MINOR = 0
+NO_BASE = bytes(16)
+
+ALIGNMENT = 8
+MAX_HEADER_BYTES = 16 * 2**20
+MAX_RECORDS = 65_536
+MAX_DIMS = 16
+MAX_EXTENT = 2**32 - 1
+MAX_NAME_BYTES = 2**16 - 1
+MAX_TENSOR_BYTES = 2**63 - 1
+
+# Codes and flag bits below this are critical: a reader that does not know one must refuse.
+# A record with an unknown code from here on holds something a reader can do without.
+ANCILLARY = 128
+CRITICAL_FLAGS = 0x00FF
+
+PREFIX = struct.Struct("<8sBBHIIIQQ16sQ")
+RECORD = struct.Struct("<HHBBBBQQQQ")
+CHECKSUM_AT = PREFIX.size - 8
+
+
+class MaskCode(enum.IntEnum):
+    """How a record says which elements are kept."""
+
+    DENSE = 0
+    ALL_ZERO = 1
+    BITMAP = 2
+    SAME = 5
+    CSR = 9
+
+
+class ValueCode(enum.IntEnum):
+    """How a record stores the kept elements."""
+
+    RAW = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """An element type: its code, its name, bytes per element, and the sign bit of a float."""
+
+    code: int
+    name: str
+    itemsize: int
+    sign_bit: int = 0
+
+
+DTYPES = (
+    DType(0, "float32", 4, 1 << 31),
+    DType(1, "float64", 8, 1 << 63),
+    DType(2, "float16", 2, 1 << 15),
+    DType(3, "bfloat16", 2, 1 << 15),
+    DType(4, "int8", 1),
+    DType(5, "int16", 2),
+    DType(6, "int32", 4),
+    DType(7, "int64", 8),
+    DType(8, "uint8", 1),
+    DType(9, "bool", 1),
+)
+BOOL = DTYPES[9]
+DTYPE_BY_NAME = {dtype.name: dtype for dtype in DTYPES}
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One tensor of a payload, as its header describes it.
+
+    ``dtype`` is None where an ancillary code is unknown: the record is then skipped.
+    """
+
+    name: str
+    dtype: DType | None
+    shape: tuple[int, ...]
+    mask_code: int
+    value_code: int
+    k: int
+    mask_len: int
+    value_len: int
+    checksum: int
+
+    @property
+    def n(self) -> int:
+        """Elements of the tensor."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A record with the place of its two sections in the payload, in bytes."""
+
+    record: Record
+    mask_at: int
+    value_at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The checked header of a payload."""
+
+    major: int
+    minor: int
+    header_len: int
+    file_len: int
+    round: int
+    base_digest: bytes
+    records: tuple[Placed, ...]
+
+
+def padded(length: int) -> int:
+    """Length of a section with its zero padding."""
+    return -(-length // ALIGNMENT) * ALIGNMENT
+
+
+def quote(name: str) -> str:
+    """A name fit for an error message: escaped, and cut where a hostile one is endless."""
+    return repr(name) if len(name) <= 80 else repr(name[:80]) + "..."
+
+
+def csr_grid(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of the CSR view: dim 0 against the rest; a vector is one row."""
+    if len(shape) < 2:
+        return 1, math.prod(shape)
+    return shape[0], math.prod(shape[1:])
+
+
+def csr_width(columns: int) -> int | None:
+    """Bytes of a CSR number, or None where 32 bits are too few."""
+    if columns < 2**16:
+        return 2
+    return 4 if columns < 2**32 else None
+
+
+def mask_bytes(code: MaskCode, shape: Sequence[int], k: int) -> int | None:
+    """Length of a mask section in bytes, or None where the code cannot hold such a tensor."""
+    match code:
+        case MaskCode.BITMAP:
+            return -(-math.prod(shape) // 8)
+        case MaskCode.CSR:
+            rows, columns = csr_grid(shape)
+            width = csr_width(columns)
+            return None if width is None else width * (rows + k)
+        case MaskCode.DENSE | MaskCode.ALL_ZERO | MaskCode.SAME:
+            return 0
+
+
+def value_bytes(dtype: DType, k: int) -> int:
+    """Length of a raw value section of `k` elements in bytes; bools are packed 8 to a byte."""
+    return -(-k // 8) if dtype is BOOL else k * dtype.itemsize
+
+
+def section_checksum(*sections: bytes | memoryview) -> int:
+    """xxh3_64 over the mask section followed by the value section, without padding."""
+    hasher = xxhash.xxh3_64()
+    for section in sections:
+        hasher.update(section)
+    return hasher.intdigest()
+
+
+def pack_header(records: Sequence[Record], *, round: int, base_digest: bytes) -> bytes:
+    """Header bytes, checksum included, for records whose sections follow in this order."""
+    body = b"".join(_pack_record(record) for record in records)
+    body += bytes(padded(len(body)) - len(body))
+    header_len = PREFIX.size + len(body)
+    sections = sum(padded(r.mask_len) + padded(r.value_len) for r in records)
+    prefix = PREFIX.pack(
+        MAGIC, MAJOR, MINOR, 0, header_len, len(records), 0, header_len + sections, round,
+        base_digest, 0,
+    )  # fmt: skip
+    checksum = xxhash.xxh3_64_intdigest(prefix[:CHECKSUM_AT] + body)
+    return prefix[:CHECKSUM_AT] + checksum.to_bytes(8, "little") + body
+
+
+def _pack_record(record: Record) -> bytes:
+    assert record.dtype is not None
+    name = record.name.encode()
+    fixed = RECORD.pack(
+        len(name), 0, record.dtype.code, len(record.shape), record.mask_code, record.value_code,
+        record.k, record.mask_len, record.value_len, record.checksum,
+    )  # fmt: skip
+    return fixed + struct.pack(f"<{len(record.shape)}I", *record.shape) + name
+
+
+def parse(payload: memoryview) -> Header:
+    """Check the whole header, the tiling, the padding and the checksums of a payload.
+
+    Parameters
+    ----------
+    payload : memoryview, bytes
+        The payload from its first to its last byte.
+
+    Returns
+    -------
+    Header
+        Its records have sections of exactly the lengths that their codes need; what stands
+        inside the sections is not yet checked.
+
+    Raises
+    ------
+    CodecError
+        `TruncatedError`, `VersionError`, `ChecksumError` or `FormatError`.
+    """
+    (_, major, minor, _, header_len, n_records, _, file_len, round_, base_digest, _) = (
+        _checked_prefix(payload)
+    )
+    records = _parse_records(payload[PREFIX.size : header_len], n_records)
+    placed = _place(payload, records, header_len, file_len)
+    uses_base = any(r.dtype is not None and r.mask_code == MaskCode.SAME for r in records)
+    if uses_base != (base_digest != NO_BASE):
+        raise FormatError(
+            "payload: the base digest must be non-zero if and only if a record uses the base"
+        )
+    return Header(major, minor, header_len, file_len, round_, base_digest, placed)
+
+
+def _checked_prefix(payload: memoryview) -> tuple[bytes, int, int, int, int, int, int, int, int,
+                                                   bytes, int]:  # fmt: skip
+    start = bytes(payload[: len(MAGIC)])
+    if not MAGIC.startswith(start):
+        raise FormatError("payload: the first 8 bytes are not the magic number of this format")
+    if len(payload) < PREFIX.size:
+        raise TruncatedError(f"payload: expected at least {PREFIX.size} bytes, got {len(payload)}")
+    fields = PREFIX.unpack_from(payload)
+    (_, major, _, flags, header_len, n_records, reserved, file_len, _, _, checksum) = fields
+    if major != MAJOR:
+        raise VersionError(
+            f"payload: expected major version {MAJOR}, got {major}; "
+            "decode it with a release of sparsekit that writes that version"
+        )
+    if flags & CRITICAL_FLAGS:
+        raise VersionError(f"payload: unknown critical flags {flags & CRITICAL_FLAGS:#04x}")
+    if len(payload) < file_len:
+        raise TruncatedError(f"payload: expected {file_len} bytes, got {len(payload)}")
+    if len(payload) > file_len:
+        raise FormatError(
+            f"payload: {len(payload) - file_len} bytes follow the {file_len} that belong to it"
+        )
+    if header_len % ALIGNMENT or not PREFIX.size <= header_len <= min(file_len, MAX_HEADER_BYTES):
+        raise FormatError(f"payload: a header of {header_len} bytes is not possible")
+    if reserved:
+        raise FormatError("payload: the reserved header field is not zero")
+    if n_records > min(MAX_RECORDS, (header_len - PREFIX.size) // RECORD.size):
+        raise FormatError(f"payload: {n_records} records do not fit the header")
+    hasher = xxhash.xxh3_64(payload[:CHECKSUM_AT])
+    hasher.update(payload[PREFIX.size : header_len])
+    if hasher.intdigest() != checksum:
+        raise ChecksumError("payload: the header does not match its checksum")
+    return fields
+
+
+def _parse_records(body: memoryview, n_records: int) -> list[Record]:
+    records = []
+    names = set()
+    at = 0
+    for index in range(n_records):
+        if at + RECORD.size > len(body):
+            raise FormatError(f"record {index}: it ends beyond the header")
+        fields = RECORD.unpack_from(body, at)
+        name_len, param_len, dtype, ndim, mask, value, k, mask_len, value_len, checksum = fields
+        at += RECORD.size
+        if ndim > MAX_DIMS:
+            raise FormatError(f"record {index}: {ndim} dimensions, at most {MAX_DIMS} are allowed")
+        end = at + 4 * ndim + param_len + name_len
+        if end > len(body):
+            raise FormatError(f"record {index}: its shape, parameters and name exceed the header")
+        shape = struct.unpack_from(f"<{ndim}I", body, at)
+        name = _parse_name(bytes(body[end - name_len : end]), index)
+        at = end
+        if name in names:
+            raise FormatError(f"record {index}: the name {quote(name)} appears twice")
+        names.add(name)
+        known = _known_dtype(name, dtype, mask, value)
+        record = Record(name, known, shape, mask, value, k, mask_len, value_len, checksum)
+        if known is not None:
+            _check_record(record, known, param_len)
+        records.append(record)
+    rest = bytes(body[at:])
+    if len(rest) >= ALIGNMENT or any(rest):
+        raise FormatError("payload: the header does not end with its last record")
+    return records
+
+
+def _parse_name(raw: bytes, index: int) -> str:
+    try:
+        name = raw.decode()
+    except UnicodeDecodeError:
+        raise FormatError(f"record {index}: its name is not UTF-8") from None
+    if "\0" in name:
+        raise FormatError(f"record {index}: its name holds a zero byte")
+    return name
+
+
+def _known_dtype(name: str, dtype: int, mask: int, value: int) -> DType | None:
+    """Element type of a record to decode, None for one to skip; raise for an unknown code."""
+    skip = False
+    for kind, code, known in (
+        ("dtype", dtype, dtype < len(DTYPES)),
+        ("mask encoding", mask, mask in set(MaskCode)),
+        ("value encoding", value, value in set(ValueCode)),
+    ):
+        if not known and code < ANCILLARY:
+            raise VersionError(
+                f"tensor {quote(name)}: unknown {kind} {code}; a newer release can decode it"
+            )
+        skip = skip or not known
+    return None if skip else DTYPES[dtype]
+
+
+def _check_record(record: Record, dtype: DType, param_len: int) -> None:
+    name = quote(record.name)
+    # Zero extents count as 1: the product of the others must still be a possible size.
+    if math.prod(extent or 1 for extent in record.shape) * dtype.itemsize > MAX_TENSOR_BYTES:
+        raise FormatError(f"tensor {name}: its shape has too many elements")
+    n, k = record.n, record.k
+    code = MaskCode(record.mask_code)
+    if k > n or (code is MaskCode.DENSE and k != n) or (code is MaskCode.ALL_ZERO and k):
+        raise FormatError(f"tensor {name}: {k} kept of {n} elements contradicts its mask encoding")
+    if param_len:
+        raise FormatError(f"tensor {name}: its codes take no parameters, got {param_len} bytes")
+    expected = mask_bytes(code, record.shape, k)
+    if record.mask_len != expected:
+        raise FormatError(
+            f"tensor {name}: expected a mask section of {expected} bytes, got {record.mask_len}"
+        )
+    if record.value_len != value_bytes(dtype, k):
+        raise FormatError(
+            f"tensor {name}: expected a value section of {value_bytes(dtype, k)} bytes, "
+            f"got {record.value_len}"
+        )
+
+
+def _place(
+    payload: memoryview, records: Sequence[Record], header_len: int, file_len: int
+) -> tuple[Placed, ...]:
+    """Give each section its place, then check padding and checksums."""
+    needed = header_len + sum(padded(r.mask_len) + padded(r.value_len) for r in records)
+    if needed != file_len:
+        raise FormatError(
+            f"payload: header and sections take {needed} bytes, the file has {file_len}"
+        )
+    placed = []
+    at = header_len
+    for record in records:
+        mask_at, value_at = at, at + padded(record.mask_len)
+        at = value_at + padded(record.value_len)
+        mask_end, value_end = mask_at + record.mask_len, value_at + record.value_len
+        if any(payload[mask_end:value_at]) or any(payload[value_end:at]):
+            raise FormatError(f"tensor {quote(record.name)}: the padding is not zero")
+        found = section_checksum(payload[mask_at:mask_end], payload[value_at:value_end])
+        if found != record.checksum:
+            raise ChecksumError(
+                f"tensor {quote(record.name)}: its data does not match its checksum"
+            )
+        placed.append(Placed(record, mask_at, value_at))
+    return tuple(placed)
