@@ -1,0 +1,241 @@
+"""The federation's algorithm as pure functions: plan a round, update at a site, aggregate.
+
+Global pruning (``fedsparsify-global``, ``centralized``): the server averages, then keeps the
+largest weights of the average. Local pruning (``fedsparsify-local``): each site keeps the largest
+of its own trained weights, the server keeps what a majority kept and averages all sites there.
+Both follow Stripelis et al., "Towards Sparsified Federated Neuroimaging Models via Weight
+Pruning", and the released code where the paper is silent.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sparsekit import prune
+from sparsekit.codec import decode, decode_masks, encode
+from sparsekit.errors import CodecError, TemplateError
+from sparsekit.fed.config import RunConfig
+from sparsekit.fed.plan import TASK_EVALUATE, TASK_TRAIN, TrainPlan, build_model, plan_for
+from sparsekit.fed.seeds import derive_seed
+from sparsekit.schedule import PolynomialSchedule
+from sparsekit.types import Masks, Size3, State
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """What the server carries from round to round.
+
+    Attributes
+    ----------
+    round : int
+        Rounds completed.
+    weights : dict of Tensor
+        The model, float32 on the CPU; exactly 0 outside the masks.
+    masks : dict of bool Tensor, or None
+        Masks of the prunable tensors; None before the first pruning.
+    mean_age : float
+        Initial output of the network, years.
+    in_shape : tuple of int
+        Grid of the scans.
+    """
+
+    round: int
+    weights: dict[str, Tensor]
+    masks: dict[str, Tensor] | None
+    mean_age: float
+    in_shape: Size3
+
+
+@dataclass(frozen=True)
+class Update:
+    """A site's decoded and checked reply."""
+
+    weights: dict[str, Tensor]
+    masks: dict[str, Tensor] | None
+    n_train: int
+
+
+class NonFiniteUpdateError(CodecError):
+    """An update holds NaN or infinity."""
+
+
+def initial_state(config: RunConfig, *, in_shape: Size3, mean_age: float) -> ServerState:
+    """Draw the first model from the run's seed."""
+    plan = plan_for(
+        config,
+        round_number=1,
+        task=TASK_TRAIN,
+        in_shape=in_shape,
+        mean_age=mean_age,
+        masked=False,
+        local_sparsity=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, "initial weights"))
+        model = build_model(plan)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return ServerState(
+        round=0, weights=weights, masks=None, mean_age=mean_age, in_shape=in_shape
+    )
+
+
+def scheduled_sparsity(config: RunConfig, round_number: int) -> float | None:
+    """Return the sparsity to prune to at the end of a round, None where nothing is pruned.
+
+    The first pruning comes one round after ``prune_start``, as in the released code.
+    """
+    if not config.sparse or round_number <= config.prune_start:
+        return None
+    schedule = PolynomialSchedule(
+        config.sparsity,
+        config.rounds,
+        start=config.prune_start,
+        every=config.prune_every,
+        exponent=config.exponent,
+    )
+    sparsity = schedule(round_number)
+    return sparsity if sparsity > 0 else None
+
+
+def plan_round(state: ServerState, config: RunConfig) -> tuple[TrainPlan, bytes]:
+    """Return the work order of the next round and the payload that goes with it.
+
+    After the last round the order is to evaluate only: the sites receive the final model.
+    """
+    number = state.round + 1
+    last = number > config.rounds
+    local = config.strategy == "fedsparsify-local" and not last
+    plan = plan_for(
+        config,
+        round_number=number,
+        task=TASK_EVALUATE if last else TASK_TRAIN,
+        in_shape=state.in_shape,
+        mean_age=state.mean_age,
+        masked=state.masks is not None,
+        local_sparsity=scheduled_sparsity(config, number) if local else None,
+    )
+    return plan, encode(state.weights, masks=state.masks, round=number)
+
+
+def local_masks(model_weights: State, plan: TrainPlan, within: Masks | None) -> dict[str, Tensor]:
+    """Return the masks of a site's purge at ``plan.local_sparsity``."""
+    assert plan.local_sparsity is not None
+    return purge_masks(
+        model_weights,
+        plan.local_sparsity,
+        paper=plan.paper,
+        scope=plan.scope,
+        min_per_filter=plan.min_per_filter,
+        within=within,
+    )
+
+
+def purge_masks(
+    weights: State,
+    sparsity: float,
+    *,
+    paper: bool,
+    scope: str,
+    min_per_filter: int,
+    within: Masks | None,
+) -> dict[str, Tensor]:
+    """Choose the weights that survive a pruning to ``sparsity``, inside ``within``.
+
+    Under ``paper`` every trainable tensor takes part, ties at the threshold all stay, and a kept
+    weight that is 0 counts as pruned from then on, as in the released code.
+    """
+    if paper:
+        kept = prune.paper_masks(weights, sparsity)
+        return {name: mask & (weights[name] != 0) for name, mask in kept.items()}
+    prunable = {name: weights[name] for name in maskable_names(weights, paper=False)}
+    return dict(
+        prune.magnitude_masks(
+            prunable,
+            sparsity,
+            scope=scope,
+            within=within,
+            min_per_filter=min_per_filter,
+        )
+    )
+
+
+def is_prunable(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor of the network is a convolution or linear weight."""
+    return name.endswith(".weight") and tensor.ndim >= 2
+
+
+def maskable_names(weights: State, *, paper: bool) -> list[str]:
+    """Return the tensors that pruning may touch: all under ``paper``, else the prunable ones."""
+    return [name for name, tensor in weights.items() if paper or is_prunable(name, tensor)]
+
+
+def read_update(payload: bytes, *, plan: TrainPlan, sent: ServerState, n_train: int) -> Update:
+    """Decode a site's payload against what it was sent, and refuse what must not be averaged.
+
+    Raises
+    ------
+    CodecError
+        If the payload is damaged, refers to another base, has other tensors than the model,
+        holds NaN or infinity, or brings back weights that were pruned.
+    """
+    weights = decode(payload, base=sent.weights, template=sent.weights)
+    for name, tensor in weights.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteUpdateError(f"update: {name} holds NaN or infinity; reply dropped")
+    for name, mask in (sent.masks or {}).items():
+        if bool((weights[name][~mask] != 0).any()):
+            raise TemplateError(f"update: {name} has weights where the model is pruned")
+    if plan.local_sparsity is None:
+        return Update(weights=weights, masks=None, n_train=n_train)
+    kept = decode_masks(payload, base=sent.weights)
+    masks = {name: kept[name] for name in maskable_names(weights, paper=plan.paper)}
+    if sent.masks is not None:
+        masks = {name: mask & sent.masks[name] for name, mask in masks.items()}
+    return Update(weights=weights, masks=masks, n_train=n_train)
+
+
+def average(updates: Sequence[Update]) -> dict[str, Tensor]:
+    """Average weights by number of training scans: float64 sums in the given order, float32 out."""
+    total = sum(update.n_train for update in updates)
+    merged: dict[str, Tensor] = {}
+    for name, first in updates[0].weights.items():
+        accumulated = torch.zeros(first.shape, dtype=torch.float64)
+        for update in updates:
+            accumulated += update.weights[name].double() * (update.n_train / total)
+        # + 0.0 turns -0.0 into +0.0, which is all that the codec would change.
+        merged[name] = accumulated.to(first.dtype) + 0.0
+    return merged
+
+
+def aggregate(
+    state: ServerState, updates: Mapping[str, Update], config: RunConfig
+) -> ServerState:
+    """Merge one round's updates, sorted by site, and prune where the strategy says so."""
+    assert updates, "a round without updates must end before aggregation"
+    ordered = [updates[site] for site in sorted(updates)]
+    weights = average(ordered)
+    masks = state.masks
+    number = state.round + 1
+    sparsity = scheduled_sparsity(config, number)
+    if sparsity is not None:
+        if config.strategy == "fedsparsify-local":
+            masks = dict(prune.majority_vote([u.masks for u in ordered if u.masks is not None]))
+        else:
+            masks = purge_masks(
+                weights,
+                sparsity,
+                paper=config.paper,
+                scope=config.scope,
+                min_per_filter=config.min_per_filter,
+                within=masks,
+            )
+        if config.paper:
+            masks = {n: m & (weights[n] != 0) for n, m in masks.items()}
+    if masks is not None:
+        weights = {
+            name: torch.where(masks[name], value, 0.0) if name in masks else value
+            for name, value in weights.items()
+        }
+    return replace(state, round=number, weights=weights, masks=masks)

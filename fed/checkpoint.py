@@ -1,0 +1,106 @@
+"""The server's state on disk: one folder a round, given its name only when it is whole."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsekit.codec import decode, decode_masks, encode
+from sparsekit.errors import CodecError, RunError
+from sparsekit.fed.algorithm import ServerState
+from sparsekit.fed.storage import publish_folder
+
+_MODEL = "model.spu"
+_STATE = "state.json"
+_LAYOUT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A resumable moment: the server's state, the rounds' history, the ledger's length."""
+
+    server: ServerState
+    history: list[dict[str, Any]]
+    ledger_bytes: int
+    seconds: float
+
+
+def _folder(run: Path, round_number: int) -> Path:
+    return run / "checkpoints" / f"round-{round_number:05d}"
+
+
+def save(run: Path, checkpoint: Checkpoint, *, keep: int) -> None:
+    """Store a checkpoint and remove all but the ``keep`` newest (0 keeps all)."""
+    server = checkpoint.server
+    final = _folder(run, server.round)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in final.parent.glob(".*.tmp"):
+        shutil.rmtree(leftover)
+    temporary = final.with_name(f".{final.name}.tmp")
+    temporary.mkdir()
+    payload = encode(server.weights, masks=server.masks, round=server.round)
+    (temporary / _MODEL).write_bytes(payload)
+    state = {
+        "layout": _LAYOUT,
+        "round": server.round,
+        "masked": sorted(server.masks) if server.masks is not None else None,
+        "mean_age": server.mean_age,
+        "in_shape": list(server.in_shape),
+        "history": checkpoint.history,
+        "ledger_bytes": checkpoint.ledger_bytes,
+        "seconds": checkpoint.seconds,
+    }
+    (temporary / _STATE).write_text(json.dumps(state), encoding="utf-8")
+    publish_folder(temporary, final)
+    if keep:
+        for old in saved_rounds(run)[:-keep]:
+            shutil.rmtree(_folder(run, old))
+
+
+def saved_rounds(run: Path) -> Sequence[int]:
+    """Return the rounds that have a checkpoint, oldest first."""
+    folders = (run / "checkpoints").glob("round-[0-9]*")
+    return sorted(int(folder.name.removeprefix("round-")) for folder in folders)
+
+
+def load_newest(run: Path) -> Checkpoint | None:
+    """Return the newest checkpoint, None if there is none.
+
+    Raises
+    ------
+    RunError
+        If the newest one is damaged.
+    """
+    rounds = saved_rounds(run)
+    if not rounds:
+        return None
+    folder = _folder(run, rounds[-1])
+    try:
+        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        if state["layout"] != _LAYOUT:
+            raise RunError(f"checkpoint: {folder} has layout {state['layout']}, expected {_LAYOUT}")
+        payload = (folder / _MODEL).read_bytes()
+        weights = decode(payload)
+        kept = decode_masks(payload)
+        masks = None if state["masked"] is None else {n: kept[n] for n in weights if n in state["masked"]}
+        depth, height, width = state["in_shape"]
+        server = ServerState(
+            round=state["round"],
+            weights=weights,
+            masks=masks,
+            mean_age=state["mean_age"],
+            in_shape=(depth, height, width),
+        )
+        return Checkpoint(
+            server=server,
+            history=state["history"],
+            ledger_bytes=state["ledger_bytes"],
+            seconds=state["seconds"],
+        )
+    except (OSError, KeyError, TypeError, ValueError, CodecError) as error:
+        raise RunError(
+            f"checkpoint: {folder} is damaged ({error}). Remove that folder to resume from the "
+            "one before it, or start the run anew."
+        ) from error

@@ -1,0 +1,86 @@
+"""All sites in one process, several at a time on threads; every message is still made of bytes."""
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+
+import torch
+
+from sparsekit.errors import CodecError
+from sparsekit.fed.engines.base import Answered, Failure, Reply
+from sparsekit.fed.site import Site
+
+
+class InProcessEngine:
+    """Runs the sites of one machine on a pool of threads.
+
+    Parameters
+    ----------
+    sites : sequence of Site
+        All sites of the federation.
+    threads : int
+        Total number of computing threads: this many sites work at a time, and what is left over
+        goes to torch inside each.
+    travels : bool
+        False when the "sites" are one pooled data set, whose messages need not be sent.
+    """
+
+    def __init__(self, sites: Sequence[Site], *, threads: int, travels: bool = True) -> None:
+        self._sites = {site.data.name: site for site in sites}
+        self._travels = travels
+        self._stop = threading.Event()
+        workers = max(1, min(threads, len(sites)))
+        self._torch_threads = max(1, threads // workers)
+        self._torch_threads_before = torch.get_num_threads()
+        torch.set_num_threads(self._torch_threads)
+        self._pool = ThreadPoolExecutor(
+            workers,
+            thread_name_prefix="site",
+            initializer=torch.set_num_threads,
+            initargs=(self._torch_threads,),
+        )
+
+    @property
+    def travels(self) -> bool:
+        """Whether messages would leave the machine of the data in a real federation."""
+        return self._travels
+
+    def hello(self) -> dict[str, bytes]:
+        """Return every site's introduction."""
+        return {name: site.hello() for name, site in self._sites.items()}
+
+    def exchange(
+        self, requests: Mapping[str, bytes], answered: Answered
+    ) -> dict[str, Reply | Failure]:
+        """Let every addressed site handle its request; a damaged request is that site's failure."""
+        # The largest sites start first, so that no thread idles behind a long one at the end.
+        names = sorted(requests, key=lambda name: (-len(self._sites[name].data.train), name))
+        futures: dict[Future[Reply], str] = {
+            self._pool.submit(self._ask, name, requests[name]): name for name in names
+        }
+        replies: dict[str, Reply | Failure] = {}
+        waiting = set(futures)
+        while waiting:
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                name = futures[future]
+                try:
+                    replies[name] = future.result()
+                except CodecError as error:
+                    replies[name] = Failure("corrupt", str(error))
+                answered(name)
+        return replies
+
+    def _ask(self, name: str, request: bytes) -> Reply:
+        start = time.perf_counter()
+        data = self._sites[name].handle(request, self._stop.is_set)
+        return Reply(data, time.perf_counter() - start)
+
+    def close(self) -> None:
+        """Ask working sites to stop after their current step, and wait for them."""
+        self._stop.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(self._torch_threads_before)
+
+

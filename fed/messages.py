@@ -1,0 +1,64 @@
+"""One message between server and site: JSON control, then a codec payload, behind a fixed header.
+
+Layout, little-endian: magic ``SPKM`` (4 B), control length (u32), payload length (u64), control
+(UTF-8 JSON, one object), payload. The 16 header bytes are the framing.
+"""
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sparsekit.errors import FormatError, TruncatedError
+
+_HEADER = struct.Struct("<4sIQ")
+_MAGIC = b"SPKM"
+FRAMING_BYTES = _HEADER.size
+MAX_CONTROL_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Message:
+    """What was sent: ``control`` (plain JSON values) and ``payload`` (codec bytes, may be empty)."""
+
+    control: Mapping[str, Any]
+    payload: bytes
+    control_bytes: int
+
+
+def pack(control: Mapping[str, Any], payload: bytes = b"") -> bytes:
+    """Serialize one message; equal input gives equal bytes."""
+    text = json.dumps(control, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    return _HEADER.pack(_MAGIC, len(text), len(payload)) + text + payload
+
+
+def unpack(data: bytes) -> Message:
+    """Read one whole message.
+
+    Raises
+    ------
+    FormatError, TruncatedError
+        If the bytes are not exactly one message.
+    """
+    if len(data) < FRAMING_BYTES:
+        raise TruncatedError(f"message: expected at least {FRAMING_BYTES} bytes, got {len(data)}")
+    magic, control_length, payload_length = _HEADER.unpack_from(data)
+    if magic != _MAGIC:
+        raise FormatError(f"message: expected magic {_MAGIC!r}, got {magic!r}")
+    if control_length > MAX_CONTROL_BYTES:
+        raise FormatError(
+            f"message: control of {control_length} bytes exceeds the limit {MAX_CONTROL_BYTES}"
+        )
+    expected = FRAMING_BYTES + control_length + payload_length
+    if len(data) != expected:
+        kind = TruncatedError if len(data) < expected else FormatError
+        raise kind(f"message: its header says {expected} bytes, got {len(data)}")
+    start = FRAMING_BYTES + control_length
+    try:
+        control = json.loads(data[FRAMING_BYTES:start])
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise FormatError(f"message: control is not JSON: {error}") from None
+    if not isinstance(control, dict):
+        raise FormatError(f"message: control is a {type(control).__name__}, not an object")
+    return Message(control=control, payload=data[start:], control_bytes=control_length)

@@ -1,0 +1,162 @@
+"""What the server asks of a site and what the site answers, as plain values that travel as JSON."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_type_hints
+
+from sparsekit.errors import FormatError
+from sparsekit.fed.config import RunConfig
+from sparsekit.fed.seeds import derive_seed
+from sparsekit.models import BrainAgeCNN
+from sparsekit.types import Size3
+
+TASK_TRAIN = "train"
+TASK_EVALUATE = "evaluate"
+
+_Record = TypeVar("_Record", bound="TrainPlan | Hello | Report")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPlan:
+    """One round's work order; with the payload and the site's scans it decides the reply.
+
+    ``local_sparsity`` is None where the site does not prune. ``masked`` says whether the
+    payload's masks bind the training.
+    """
+
+    round: int
+    task: str
+    epochs: int
+    batch: int
+    optimizer: str
+    lr: float
+    momentum: float
+    weight_decay: float
+    flips: bool
+    seed: int
+    in_shape: list[int]
+    width: float
+    dropout: float
+    mean_age: float
+    age_scale: float
+    masked: bool
+    local_sparsity: float | None
+    scope: str
+    min_per_filter: int
+    paper: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hello:
+    """What a site says of itself before the first round: counts and the ages' mean."""
+
+    site: str
+    n_train: int
+    n_test: int
+    age_sum: float
+    preprocessing_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What accompanies a site's update: measures, never scans or single people's values.
+
+    ``test_*`` belong to the model as received, before this round's training.
+    """
+
+    round: int
+    site: str
+    n_train: int
+    samples: int
+    steps: int
+    train_loss: float | None
+    test_n: int
+    test_abs_error_sum: float | None
+    flops_counted: int
+    flops_executed: int
+
+
+def to_control(record: TrainPlan | Hello | Report) -> dict[str, Any]:
+    """Return the record as a JSON object."""
+    return dataclasses.asdict(record)
+
+
+def from_control(kind: type[_Record], control: Mapping[str, Any]) -> _Record:
+    """Rebuild a record, checking names and kinds of value.
+
+    Raises
+    ------
+    FormatError
+        If a field is missing, unknown or of another JSON type.
+    """
+    hints = get_type_hints(kind)
+    if set(control) != set(hints):
+        wrong = sorted(set(control) ^ set(hints))
+        raise FormatError(f"control: expected the fields of {kind.__name__}, differing: {wrong}")
+    values: dict[str, Any] = {}
+    for name, hint in hints.items():
+        value = control[name]
+        text = str(hint)
+        allowed: tuple[type, ...]
+        if "list" in text:
+            allowed = (list,)
+        elif hint is bool:
+            allowed = (bool,)
+        elif hint is int:
+            allowed = (int,)
+        elif hint is str:
+            allowed = (str,)
+        else:
+            allowed = (int, float) if "None" not in text else (int, float, type(None))
+        if not isinstance(value, allowed) or (isinstance(value, bool) and hint is not bool):
+            raise FormatError(f"control: {name} has type {type(value).__name__}, expected {text}")
+        values[name] = float(value) if hint is float else value
+    return kind(**values)
+
+
+def plan_for(
+    config: RunConfig,
+    *,
+    round_number: int,
+    task: str,
+    in_shape: Size3,
+    mean_age: float,
+    masked: bool,
+    local_sparsity: float | None,
+) -> TrainPlan:
+    """Write the work order of one round, the same for every site."""
+    return TrainPlan(
+        round=round_number,
+        task=task,
+        epochs=config.epochs,
+        batch=config.batch,
+        optimizer=config.optimizer,
+        lr=config.learning_rate(min(round_number, config.rounds)),
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        flips=config.flips,
+        seed=derive_seed(config.seed, "round", round_number),
+        in_shape=list(in_shape),
+        width=config.width,
+        dropout=config.dropout,
+        mean_age=mean_age,
+        age_scale=config.age_scale,
+        masked=masked,
+        local_sparsity=local_sparsity,
+        scope=config.scope,
+        min_per_filter=config.min_per_filter,
+        paper=config.paper,
+    )
+
+
+def build_model(plan: TrainPlan) -> BrainAgeCNN:
+    """Build the network that the plan describes, with untrained weights."""
+    depth, height, width = plan.in_shape
+    return BrainAgeCNN(
+        in_shape=(depth, height, width),
+        width=plan.width,
+        mean_age=plan.mean_age,
+        dropout=plan.dropout,
+        age_scale=plan.age_scale,
+    )

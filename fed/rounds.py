@@ -1,0 +1,205 @@
+"""One round of the server loop: send, receive, check every reply, account for it, aggregate."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sparsekit.errors import BaseMismatchError, CodecError, RunError, TemplateError
+from sparsekit.fed import messages
+from sparsekit.fed.algorithm import (
+    NonFiniteUpdateError,
+    ServerState,
+    Update,
+    aggregate,
+    plan_round,
+    read_update,
+)
+from sparsekit.fed.config import RunConfig
+from sparsekit.fed.engines.base import Answered, Engine, Failure
+from sparsekit.fed.ledger import OUTCOME_OK, LedgerRow, message_row
+from sparsekit.fed.plan import TASK_TRAIN, Hello, Report, TrainPlan, from_control, to_control
+from sparsekit.types import Masks
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A site's accepted reply."""
+
+    report: Report
+    update: Update | None
+
+
+@dataclass(frozen=True)
+class RoundOutcome:
+    """What one exchange brought.
+
+    Attributes
+    ----------
+    state : ServerState
+        After aggregation; unchanged by an exchange that only evaluates.
+    rows : list of LedgerRow
+        Two per site.
+    answers : dict of Answer
+        Accepted replies by site.
+    failures : dict of Failure
+        The others, each with its named outcome.
+    """
+
+    state: ServerState
+    rows: list[LedgerRow]
+    answers: dict[str, Answer]
+    failures: dict[str, Failure]
+
+
+def play_round(
+    state: ServerState,
+    config: RunConfig,
+    engine: Engine,
+    hellos: Mapping[str, Hello],
+    answered: Answered,
+) -> RoundOutcome:
+    """Play the next round, or after the last one hand out and evaluate the final model.
+
+    Raises
+    ------
+    RunError
+        If fewer sites than the quorum gave a usable reply.
+    """
+    plan, payload = plan_round(state, config)
+    request = messages.pack(to_control(plan), payload)
+    dense_bytes = 4 * sum(tensor.numel() for tensor in state.weights.values())
+    replies = engine.exchange(dict.fromkeys(hellos, request), answered)
+    rows: list[LedgerRow] = []
+    answers: dict[str, Answer] = {}
+    failures: dict[str, Failure] = {}
+    for site in sorted(hellos):
+        rows.append(
+            message_row(
+                round_number=plan.round,
+                client=site,
+                direction="down",
+                outcome=OUTCOME_OK,
+                dense_equivalent_bytes=dense_bytes,
+                message_bytes=len(request),
+                payload_bytes=len(payload),
+                travels=engine.travels,
+            )
+        )
+        reply = replies[site]
+        data, seconds = (b"", 0.0) if isinstance(reply, Failure) else (reply.data, reply.seconds)
+        verdict = reply if isinstance(reply, Failure) else _judge(data, plan, state, hellos[site])
+        if isinstance(verdict, Failure):
+            failures[site] = verdict
+        else:
+            answers[site] = verdict
+        report = verdict.report if isinstance(verdict, Answer) else None
+        rows.append(
+            message_row(
+                round_number=plan.round,
+                client=site,
+                direction="up",
+                outcome=verdict.outcome if isinstance(verdict, Failure) else OUTCOME_OK,
+                # A reply to the final hand-out carries no model, sparse or dense.
+                dense_equivalent_bytes=dense_bytes if plan.task == TASK_TRAIN else 0,
+                message_bytes=len(data),
+                payload_bytes=_payload_bytes(data),
+                travels=engine.travels,
+                seconds=seconds,
+                flops_counted=report.flops_counted if report else 0,
+                flops_executed=report.flops_executed if report else 0,
+            )
+        )
+    _require_quorum(plan, config, answers, failures, rows)
+    if plan.task == TASK_TRAIN:
+        updates = {site: a.update for site, a in answers.items() if a.update is not None}
+        state = aggregate(state, updates, config)
+    return RoundOutcome(state=state, rows=rows, answers=answers, failures=failures)
+
+
+def _payload_bytes(data: bytes) -> int:
+    """Return the payload's share of a reply, 0 for bytes that are no message."""
+    try:
+        return len(messages.unpack(data).payload)
+    except CodecError:
+        return 0
+
+
+def _judge(data: bytes, plan: TrainPlan, sent: ServerState, hello: Hello) -> Answer | Failure:
+    """Check a reply from end to end; whatever is wrong costs this site this round only."""
+    try:
+        message = messages.unpack(data)
+        report = from_control(Report, message.control)
+        if report.round != plan.round or report.site != hello.site:
+            return Failure(
+                "wrong-round",
+                f"expected round {plan.round} from {hello.site}, "
+                f"got round {report.round} from {report.site}",
+            )
+        if plan.task != TASK_TRAIN:
+            return Answer(report=report, update=None)
+        update = read_update(message.payload, plan=plan, sent=sent, n_train=hello.n_train)
+        return Answer(report=report, update=update)
+    except BaseMismatchError as error:
+        return Failure("stale-base", str(error))
+    except TemplateError as error:
+        return Failure("shape", str(error))
+    except NonFiniteUpdateError as error:
+        return Failure("nan", str(error))
+    except CodecError as error:
+        return Failure("corrupt", str(error))
+
+
+class QuorumError(RunError):
+    """Too few sites replied; ``rows`` is the round's account up to there."""
+
+    def __init__(self, text: str, rows: list[LedgerRow]) -> None:
+        super().__init__(text)
+        self.rows = rows
+
+
+def _require_quorum(
+    plan: TrainPlan,
+    config: RunConfig,
+    answers: Mapping[str, Answer],
+    failures: Mapping[str, Failure],
+    rows: list[LedgerRow],
+) -> None:
+    total = len(answers) + len(failures)
+    needed = max(1, math.ceil(config.quorum * total))
+    if len(answers) < needed:
+        reasons = "; ".join(f"{site}: {f.outcome} ({f.detail})" for site, f in failures.items())
+        raise QuorumError(
+            f"round {plan.round}: {len(answers)} of {total} sites gave a usable reply, the quorum "
+            f"is {needed}. {reasons}. Mend the sites and continue with `sparsekit fed resume`.",
+            rows,
+        )
+
+
+def layer_sparsity(masks: Masks | None) -> dict[str, float]:
+    """Return the fraction pruned of every tensor that has a mask."""
+    return {name: 1.0 - float(mask.double().mean()) for name, mask in (masks or {}).items()}
+
+
+def sum_bytes(rows: list[LedgerRow], direction: str, level: str) -> int:
+    """Add up one level of bytes in one direction."""
+    return sum(getattr(row, level) for row in rows if row.direction == direction)
+
+
+def evaluation(answers: Mapping[str, Answer]) -> dict[str, Any]:
+    """Combine the sites' errors on their held-out people, in years."""
+    sites: dict[str, float | None] = {}
+    total = 0.0
+    people = 0
+    diverged = False
+    for site in sorted(answers):
+        report = answers[site].report
+        if report.test_abs_error_sum is None:
+            diverged = True
+            sites[site] = None
+        elif report.test_n:
+            sites[site] = report.test_abs_error_sum / report.test_n
+            total += report.test_abs_error_sum
+            people += report.test_n
+    mae = total / people if people and not diverged else None
+    return {"test_mae": mae, "test_n": people, "site_mae": sites}

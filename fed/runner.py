@@ -1,0 +1,296 @@
+"""The server loop: from a configuration to a finished run folder, resumable after any round."""
+
+import fcntl
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import quote
+
+from sparsekit.codec import encode
+from sparsekit.errors import RunError, SparsekitError, UsageError
+from sparsekit.fed import checkpoint, messages
+from sparsekit.fed.algorithm import ServerState, initial_state, is_prunable
+from sparsekit.fed.checkpoint import Checkpoint
+from sparsekit.fed.config import GRIDS, RunConfig, dump_config, load_config_file, make_config
+from sparsekit.fed.engines.base import Engine
+from sparsekit.fed.engines.inprocess import InProcessEngine
+from sparsekit.fed.ledger import OUTCOME_OK, Ledger, message_row
+from sparsekit.fed.plan import Hello, from_control
+from sparsekit.fed.prepare import pool_sites, prepare_sites
+from sparsekit.fed.result import summarize
+from sparsekit.fed.rounds import QuorumError, evaluation, layer_sparsity, play_round, sum_bytes
+from sparsekit.fed.site import Site, SiteData
+from sparsekit.fed.storage import write_atomically, write_json
+
+CONFIG_FILE = "config.toml"
+LEDGER_FILE = "ledger.jsonl"
+MODEL_FILE = "model.spu"
+RESULT_FILE = "result.json"
+
+
+class InterruptedRunError(SparsekitError, KeyboardInterrupt):
+    """The user stopped the run; what was finished is on disk."""
+
+
+class Watcher(Protocol):
+    """Told of a run's progress; see the command line for one that draws it."""
+
+    def preparing(self, done: int, total: int) -> None:
+        """``done`` of ``total`` scans have been read."""
+
+    def round_started(self, number: int, rounds: int, sites: int) -> None:
+        """Round ``number`` begins; ``rounds + 1`` hands out the final model."""
+
+    def site_answered(self, site: str) -> None:
+        """A site finished its part of the round."""
+
+    def round_finished(self, entry: Mapping[str, Any]) -> None:
+        """A round's entry of the history is known."""
+
+    def notice(self, text: str) -> None:
+        """Something a user should read, such as skipped scans or a site's failure."""
+
+
+class Silent:
+    """A watcher that says nothing."""
+
+    def preparing(self, done: int, total: int) -> None:
+        """Say nothing."""
+
+    def round_started(self, number: int, rounds: int, sites: int) -> None:
+        """Say nothing."""
+
+    def site_answered(self, site: str) -> None:
+        """Say nothing."""
+
+    def round_finished(self, entry: Mapping[str, Any]) -> None:
+        """Say nothing."""
+
+    def notice(self, text: str) -> None:
+        """Say nothing."""
+
+
+def start_run(
+    config: RunConfig, run: Path, *, cache: Path | None = None, watcher: Watcher | None = None
+) -> dict[str, Any]:
+    """Play a whole run in a new folder.
+
+    Parameters
+    ----------
+    config : RunConfig
+        Its settings.
+    run : Path
+        Folder to make; it must not hold anything yet.
+    cache : Path, optional
+        Folder for the caches of scans, shared between runs; ``cache`` beside ``run`` by default.
+    watcher : Watcher, optional
+        Told of the progress.
+
+    Returns
+    -------
+    dict
+        What ``result.json`` holds.
+
+    Raises
+    ------
+    UsageError
+        If ``run`` is not empty.
+    CohortError, RunError
+        See the text.
+    """
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise UsageError(
+            f"out: {run} already holds something; choose another folder, or continue it with "
+            f"`sparsekit fed resume {run}`"
+        )
+    source = Path(config.cohort)
+    if not source.exists():
+        raise UsageError(f"cohort: no such file or folder: {source}")
+    run.mkdir(parents=True, exist_ok=True)
+    write_atomically(run / CONFIG_FILE, dump_config(config).encode())
+    return _play(config, run, cache or run.parent / "cache", watcher or Silent())
+
+
+def resume_run(
+    run: Path, *, cache: Path | None = None, watcher: Watcher | None = None
+) -> dict[str, Any]:
+    """Continue a run from its newest checkpoint; the weights end as if it had never stopped.
+
+    Raises
+    ------
+    UsageError
+        If ``run`` is not the folder of a run.
+    """
+    if not (run / CONFIG_FILE).is_file():
+        raise UsageError(f"run: {run} has no {CONFIG_FILE}; expected the --out of `fed run`")
+    config = make_config(load_config_file(run / CONFIG_FILE))
+    return _play(config, run, cache or run.parent / "cache", watcher or Silent())
+
+
+@contextmanager
+def _exclusive(run: Path) -> Iterator[None]:
+    """Hold the run's lock, so that no second process writes into the same folder."""
+    with (run / ".lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"run: another process is working on {run}; wait for it or stop it"
+            ) from None
+        yield
+
+
+def _play(config: RunConfig, run: Path, cache: Path, watcher: Watcher) -> dict[str, Any]:
+    try:
+        with _exclusive(run):
+            sites, resolution, skipped = prepare_sites(config, cache, watcher.preparing)
+            for problem in skipped:
+                watcher.notice(f"skipped {problem.path}: {problem.detail}")
+            if config.strategy == "centralized":
+                played = [pool_sites(sites)]
+            else:
+                played = sites
+            engine = InProcessEngine(
+                [
+                    Site(data, folder=run / "sites" / quote(data.name, safe=""), device=config.device)
+                    for data in played
+                ],
+                threads=config.threads,
+                travels=config.strategy != "centralized",
+            )
+            try:
+                final = _loop(config, run, engine, resolution, watcher)
+            finally:
+                engine.close()
+            result = summarize(config, run, final, sites, skipped=len(skipped))
+            write_json(run / RESULT_FILE, result)
+            return result
+    except KeyboardInterrupt:
+        raise InterruptedRunError(
+            f"interrupted; continue with `sparsekit fed resume {run}`"
+        ) from None
+
+
+def _loop(
+    config: RunConfig, run: Path, engine: Engine, resolution: int, watcher: Watcher
+) -> Checkpoint:
+    """Play the rounds that are still missing and return the finished state."""
+    ledger = Ledger(run / LEDGER_FILE)
+    raw_hellos = engine.hello()
+    hellos = {
+        site: from_control(Hello, messages.unpack(raw_hellos[site]).control)
+        for site in sorted(raw_hellos)
+    }
+    _check_hellos(hellos)
+    saved = checkpoint.load_newest(run)
+    if saved is None:
+        saved = _first_checkpoint(config, hellos, raw_hellos, resolution, ledger, engine)
+        checkpoint.save(run, saved, keep=config.keep_checkpoints)
+    else:
+        ledger.truncate(saved.ledger_bytes)
+    server, history, seconds = saved.server, list(saved.history), saved.seconds
+
+    while server.round <= config.rounds:
+        number = server.round + 1
+        watcher.round_started(number, config.rounds, len(hellos))
+        start = time.perf_counter()
+        try:
+            outcome = play_round(server, config, engine, hellos, watcher.site_answered)
+        except QuorumError as error:
+            ledger.append(error.rows)
+            raise
+        for site, failure in outcome.failures.items():
+            watcher.notice(f"round {number}: {site} is out: {failure.outcome} ({failure.detail})")
+        # The reports tell how good the model was that the sites received.
+        history[-1] = history[-1] | evaluation(outcome.answers)
+        watcher.round_finished(history[-1])
+        ledger.append(outcome.rows)
+        seconds += time.perf_counter() - start
+        entry = _entry(outcome.state, number, outcome.rows, seconds)
+        if number > config.rounds:
+            history[-1] |= {"final_" + k: entry[k] for k in ("payload_down", "transport_down")}
+            break
+        losses = [a.report.train_loss for a in outcome.answers.values()]
+        known = [loss for loss in losses if loss is not None]
+        entry["train_loss"] = sum(known) / len(known) if known else None
+        entry["sites_in"] = len(outcome.answers)
+        server = outcome.state
+        history.append(entry)
+        checkpoint.save(
+            run,
+            Checkpoint(server, history, ledger.size_bytes, seconds),
+            keep=config.keep_checkpoints,
+        )
+    model = encode(server.weights, masks=server.masks, round=server.round)
+    write_atomically(run / MODEL_FILE, model)
+    return Checkpoint(server, history, ledger.size_bytes, seconds)
+
+
+def _check_hellos(hellos: Mapping[str, Hello]) -> None:
+    kinds = {hello.preprocessing_id for hello in hellos.values()}
+    if len(kinds) > 1:
+        raise RunError(
+            f"sites: they prepared their scans in different ways: {', '.join(sorted(kinds))}. "
+            "Use one resolution and one normalisation everywhere."
+        )
+
+
+def _first_checkpoint(
+    config: RunConfig,
+    hellos: Mapping[str, Hello],
+    raw_hellos: Mapping[str, bytes],
+    resolution: int,
+    ledger: Ledger,
+    engine: Engine,
+) -> Checkpoint:
+    ledger.truncate(0)
+    rows = [
+        message_row(
+            round_number=0,
+            client=site,
+            direction="up",
+            outcome=OUTCOME_OK,
+            dense_equivalent_bytes=0,
+            message_bytes=len(raw_hellos[site]),
+            payload_bytes=0,
+            travels=engine.travels,
+        )
+        for site in hellos
+    ]
+    ledger.append(rows)
+    mean_age = config.mean_age
+    if mean_age is None:
+        people = sum(hello.n_train for hello in hellos.values())
+        mean_age = sum(hello.age_sum for hello in hellos.values()) / people
+    server = initial_state(config, in_shape=GRIDS[resolution], mean_age=mean_age)
+    history = [_entry(server, 0, rows, 0.0)]
+    return Checkpoint(server, history, ledger.size_bytes, 0.0)
+
+
+def _entry(
+    server: ServerState, number: int, rows: list[Any], seconds: float
+) -> dict[str, Any]:
+    """Return the history's line for the model after round ``number``."""
+    pruned = sum(int((~mask).sum()) for mask in (server.masks or {}).values())
+    prunable = sum(t.numel() for n, t in server.weights.items() if is_prunable(n, t))
+    every = sum(tensor.numel() for tensor in server.weights.values())
+    in_prunable = sum(
+        int((~mask).sum())
+        for name, mask in (server.masks or {}).items()
+        if is_prunable(name, server.weights[name])
+    )
+    return {
+        "round": number,
+        "sparsity_prunable": in_prunable / prunable,
+        "sparsity_all": pruned / every,
+        "layer_sparsity": layer_sparsity(server.masks),
+        "payload_down": sum_bytes(rows, "down", "payload_bytes"),
+        "payload_up": sum_bytes(rows, "up", "payload_bytes"),
+        "transport_down": sum_bytes(rows, "down", "transport_bytes"),
+        "transport_up": sum_bytes(rows, "up", "transport_bytes"),
+        "flops_counted": sum(row.flops_counted for row in rows),
+        "flops_executed": sum(row.flops_executed for row in rows),
+        "seconds": seconds,
+    }

@@ -1,0 +1,175 @@
+"""A site: answers each message from its own scans, and keeps nothing from round to round."""
+
+import csv
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sparsekit import flops, nn, prune
+from sparsekit.codec import decode, decode_masks, encode
+from sparsekit.fed import messages
+from sparsekit.fed.algorithm import local_masks, maskable_names
+from sparsekit.fed.plan import TASK_TRAIN, Hello, Report, TrainPlan, build_model, from_control
+from sparsekit.fed.plan import to_control as as_control
+from sparsekit.fed.training import SiteView, predict, train_locally
+
+
+@dataclass(frozen=True)
+class SiteData:
+    """A site's scans, split into training and held-out people.
+
+    Attributes
+    ----------
+    name : str
+        The site's name, unique in the federation.
+    train, test : SiteView
+        Views of the same cache.
+    test_people, test_sites : tuple of str
+        Participant and site of each held-out scan, in the order of ``test``. The site differs
+        from ``name`` only where all sites' scans are pooled.
+    preprocessing_id : str
+        Names the grid and normalisation of the cache; all sites must agree.
+    """
+
+    name: str
+    train: SiteView
+    test: SiteView
+    test_people: tuple[str, ...]
+    test_sites: tuple[str, ...]
+    preprocessing_id: str
+
+
+class Site:
+    """The site's side of the federation.
+
+    Parameters
+    ----------
+    data : SiteData
+        Its scans.
+    folder : Path
+        Where the site keeps its own results; the held-out people's predictions never leave it.
+    device : str
+        ``"cpu"`` or ``"cuda"``.
+    """
+
+    def __init__(self, data: SiteData, *, folder: Path, device: str = "cpu") -> None:
+        self.data = data
+        self.folder = folder
+        self.device = torch.device(device)
+
+    def hello(self) -> bytes:
+        """Return the message that introduces the site."""
+        hello = Hello(
+            site=self.data.name,
+            n_train=len(self.data.train),
+            n_test=len(self.data.test),
+            age_sum=float(self.data.train.ages[self.data.train.index].astype(np.float64).sum()),
+            preprocessing_id=self.data.preprocessing_id,
+        )
+        return messages.pack(as_control(hello))
+
+    def handle(self, request: bytes, cancelled: Callable[[], bool] = lambda: False) -> bytes:
+        """Evaluate the received model on held-out people and, if asked to, train and send it back.
+
+        Raises
+        ------
+        CodecError
+            If the request is damaged.
+        """
+        message = messages.unpack(request)
+        plan = from_control(TrainPlan, message.control)
+        model = build_model(plan)
+        template = {name: p.detach() for name, p in model.named_parameters()}
+        weights = decode(message.payload, template=template)
+        masks: dict[str, Tensor] | None = None
+        if plan.masked:
+            kept = decode_masks(message.payload)
+            masks = {name: kept[name] for name in maskable_names(weights, paper=plan.paper)}
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(weights[name])
+        trained = nn.sparsify(model, masks) if masks is not None else model
+        trained.to(self.device)
+
+        predicted = predict(trained, self.data.test, device=self.device, cancelled=cancelled)
+        truth = self.data.test.ages[self.data.test.index].astype(np.float64)
+        self._store_predictions(plan.round - 1, predicted, truth)
+        report = {
+            "round": plan.round,
+            "site": self.data.name,
+            "n_train": len(self.data.train),
+            "samples": 0,
+            "steps": 0,
+            "train_loss": None,
+            "test_n": len(truth),
+            "test_abs_error_sum": _finite(float(np.abs(predicted - truth).sum())),
+            "flops_counted": 0,
+            "flops_executed": 0,
+        }
+        payload = b""
+        if plan.task == TASK_TRAIN:
+            outcome = train_locally(
+                trained,
+                self.data.train,
+                plan,
+                site=self.data.name,
+                device=self.device,
+                cancelled=cancelled,
+            )
+            work = flops.count(trained, (1, 1, *plan.in_shape))
+            report |= {
+                "samples": outcome.samples,
+                "steps": outcome.steps,
+                "train_loss": _finite(outcome.last_epoch_loss),
+                "flops_counted": work.train_step * outcome.samples,
+                "flops_executed": work.executed_train_step * outcome.samples,
+            }
+            payload = self._update(trained, plan, weights, masks)
+        return messages.pack(as_control(from_control(Report, report)), payload)
+
+    def _update(
+        self,
+        model: torch.nn.Module,
+        plan: TrainPlan,
+        received: dict[str, Tensor],
+        masks: dict[str, Tensor] | None,
+    ) -> bytes:
+        updated = {name: p.detach().cpu() for name, p in model.named_parameters()}
+        if plan.local_sparsity is not None:
+            masks = local_masks(updated, plan, masks)
+            prune.zero_outside(updated, masks)
+        # The received model is a base that both ends hold: an unchanged mask costs no bytes.
+        base = received if masks is not None else None
+        return encode(updated, masks=masks, base=base, round=plan.round)
+
+    def _store_predictions(
+        self,
+        model_round: int,
+        predicted: npt.NDArray[np.float64],
+        truth: npt.NDArray[np.float64],
+    ) -> None:
+        """Write the held-out people's predictions of the model after ``model_round`` rounds."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        final = self.folder / "predictions.csv"
+        temporary = self.folder / ".predictions.csv.tmp"
+        with temporary.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(["participant", "site", "age", "predicted", "round"])
+            people = zip(
+                self.data.test_people, self.data.test_sites, truth, predicted, strict=True
+            )
+            for person, site, age, guess in people:
+                writer.writerow([person, site, f"{age:.4f}", f"{guess:.6f}", model_round])
+        os.replace(temporary, final)
+
+
+def _finite(value: float | None) -> float | None:
+    """Return None for what JSON cannot say: a diverged loss or error."""
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,140 @@
+"""``sparsekit fed``: run, resume, report and compare federations."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(no_args_is_help=True, help="Train across sites; report what pruning saved.")
+
+Out = Annotated[Path, typer.Option("--out", help="Folder of the run, to be made.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+Cache = Annotated[
+    Path | None,
+    typer.Option("--cache", help="Folder for prepared scans, shared by runs. [default: RUN/../cache]"),
+]
+
+
+@app.command("run")
+def run_command(
+    out: Out,
+    cohort: Annotated[Path | None, typer.Option(help="BIDS tree, or CSV: path, age, site.")] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(help="centralized | fedavg | fedsparsify-global | fedsparsify-local"),
+    ] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Final sparsity, e.g. 0.95.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds of the federation.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Local passes per round.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Scans per optimizer step.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    width: Annotated[float | None, typer.Option(help="Width of the network; 1 is the paper's.")] = None,
+    scope: Annotated[str | None, typer.Option(help="Pruning scope: global | layer | erk")] = None,
+    resolution: Annotated[int | None, typer.Option(help="Grid to train on: 2 or 4 mm.")] = None,
+    normalisation: Annotated[
+        str | None, typer.Option(help="brain-zscore | volume-zscore | percentile")
+    ] = None,
+    on_problem: Annotated[
+        str | None, typer.Option(help="refuse (default) or skip scans that cannot be used.")
+    ] = None,
+    engine: Annotated[str | None, typer.Option(help="inprocess")] = None,
+    threads: Annotated[int | None, typer.Option(help="Computing threads in all.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu | cuda")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same bits.")] = None,
+    keep_checkpoints: Annotated[
+        int | None, typer.Option(help="Newest checkpoints to keep; 0 keeps every round's.")
+    ] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="The released FedSparsify code's choices.")
+    ] = False,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file of settings; options on the line win.")
+    ] = None,
+    cache: Cache = None,
+) -> None:
+    """Train a brain-age network over the sites of a cohort and write a report."""
+    from sparsekit.cli.progress import LiveWatcher, print_result
+    from sparsekit.fed.config import load_config_file, make_config
+    from sparsekit.fed.runner import start_run
+
+    given: dict[str, Any] = {
+        "cohort": str(cohort) if cohort is not None else None,
+        "strategy": strategy,
+        "sparsity": sparsity,
+        "rounds": rounds,
+        "epochs": epochs,
+        "batch": batch,
+        "lr": lr,
+        "width": width,
+        "scope": scope,
+        "resolution": resolution,
+        "normalisation": normalisation,
+        "on_problem": on_problem,
+        "engine": engine,
+        "threads": threads,
+        "device": device,
+        "seed": seed,
+        "keep_checkpoints": keep_checkpoints,
+        "paper": True if paper else None,
+    }
+    line = {name: value for name, value in given.items() if value is not None}
+    settings = make_config(load_config_file(config) if config else {}, line)
+    with LiveWatcher(settings.strategy) as watcher:
+        result = start_run(settings, out, cache=cache, watcher=watcher)
+    print_result(out, result)
+    _write_report([out])
+
+
+@app.command("resume")
+def resume_command(run: RunFolder, cache: Cache = None) -> None:
+    """Continue an interrupted run; it ends with the same weights as an uninterrupted one."""
+    from sparsekit.cli.progress import LiveWatcher, print_result
+    from sparsekit.fed.runner import resume_run
+
+    with LiveWatcher(run.name) as watcher:
+        result = resume_run(run, cache=cache, watcher=watcher)
+    print_result(run, result)
+    _write_report([run])
+
+
+@app.command("report")
+def report_command(run: RunFolder) -> None:
+    """Write RUN/report.html anew."""
+    from sparsekit.cli.progress import print_result
+    from sparsekit.fed.compare import load_result
+
+    print_result(run, load_result(run))
+    _write_report([run])
+
+
+@app.command("compare")
+def compare_command(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Finished runs.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Also write an HTML report of all runs to this file.")
+    ] = None,
+) -> None:
+    """Print runs side by side; differences are paired with the first run's held-out people."""
+    from sparsekit.cli.progress import print_comparison
+    from sparsekit.errors import UsageError
+
+    if len(runs) < 2:
+        raise UsageError("compare: expected at least two runs")
+    print_comparison(runs)
+    if out is not None:
+        _write_report(runs, out)
+
+
+def _write_report(runs: list[Path], out: Path | None = None) -> None:
+    from sparsekit.errors import MissingExtraError
+    from sparsekit.fed.report import write_report
+
+    console = Console(highlight=False, soft_wrap=True)
+    path = out or runs[0] / "report.html"
+    try:
+        write_report(runs, path)
+    except MissingExtraError as error:
+        console.print(f"No report written: {error}", markup=False)
+    else:
+        console.print(f"Report: {path}", markup=False)

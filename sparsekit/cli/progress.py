@@ -1,0 +1,166 @@
+"""What a federation shows on a terminal: live progress, a final table, a comparison."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+from sparsekit.fed.compare import load_result, paired_difference, run_names
+
+
+class LiveWatcher:
+    """Draws a bar of scans read, one of rounds and one of sites; prints a line per round.
+
+    Everything goes to standard error, so that the final table alone is on standard output.
+    """
+
+    def __init__(self, title: str) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._title = title
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+        )
+        self._scans: TaskID | None = None
+        self._rounds: TaskID | None = None
+        self._sites: TaskID | None = None
+
+    def __enter__(self) -> "LiveWatcher":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def preparing(self, done: int, total: int) -> None:
+        """Show how many scans have been read."""
+        if self._scans is None:
+            self._scans = self._progress.add_task("reading scans", total=total)
+        self._progress.update(self._scans, completed=done)
+
+    def round_started(self, number: int, rounds: int, sites: int) -> None:
+        """Show the round and an empty bar of sites."""
+        if self._scans is not None:
+            self._progress.remove_task(self._scans)
+            self._scans = None
+        if self._rounds is None or self._sites is None:
+            self._rounds = self._progress.add_task(f"{self._title}: rounds", total=rounds)
+            self._sites = self._progress.add_task("sites", total=sites)
+        what = f"round {number}: sites" if number <= rounds else "final evaluation: sites"
+        self._progress.update(self._rounds, completed=number - 1)
+        self._progress.reset(self._sites, total=sites, description=what)
+
+    def site_answered(self, site: str) -> None:
+        """Move the bar of sites on."""
+        del site
+        if self._sites is not None:
+            self._progress.advance(self._sites)
+
+    def round_finished(self, entry: Mapping[str, Any]) -> None:
+        """Print the line of a round whose model has been evaluated."""
+        mae = entry.get("test_mae")
+        error = f"{mae:6.2f} years" if mae is not None else "   diverged"
+        self._console.print(
+            f"{self._title}: after round {entry['round']:3d}  test MAE {error}  "
+            f"sparsity {entry['sparsity_prunable']:6.2%}  "
+            f"sent {_bytes(entry['payload_down'] + entry['payload_up'])}",
+            markup=False,
+        )
+
+    def notice(self, text: str) -> None:
+        """Print something that a user should read."""
+        self._console.print(text, markup=False)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def _flops(count: float) -> str:
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if count < 1000:
+            return f"{count:.2f} {unit}FLOP"
+        count /= 1000
+    return f"{count:.2f} EFLOP"
+
+
+def _rows(result: Mapping[str, Any]) -> dict[str, str]:
+    """Return a run's line items, in the order of the tables."""
+    accuracy, sparsity = result["accuracy"], result["sparsity"]
+    down, up = result["bytes"]["down"], result["bytes"]["up"]
+    data = result["data"]
+    rows = {"test MAE": f"{accuracy['test_mae']:.2f} years"}
+    for name, one in result["yardsticks"].items():
+        rows[f"  beside it: {name}"] = f"{one['test_mae']:.2f} years"
+    ratio = accuracy["test_mae"] / result["yardsticks"]["mean predictor"]["test_mae"]
+    rows["  test MAE / mean predictor"] = f"{ratio:.3f}"
+    rows |= {
+        "people": f"{data['train_n']} trained on, {data['test_n']} held out, {data['sites']} sites",
+        "ages": f"{data['age_min']:.0f} to {data['age_max']:.0f}",
+        "final sparsity (prunable / all)": f"{sparsity['prunable']:.2%} / {sparsity['all']:.2%}",
+        "payload down": _bytes(down["payload"]),
+        "payload up": _bytes(up["payload"]),
+        "  the same uncompressed, dense": _bytes(
+            down["dense_equivalent"] + up["dense_equivalent"]
+        ),
+        "transport (payload + control + framing)": _bytes(down["transport"] + up["transport"]),
+        "training FLOPs counted": _flops(result["flops"]["counted"]),
+        "training FLOPs executed": _flops(result["flops"]["executed"]),
+        "wall clock of the rounds": f"{result['seconds']:.1f} s",
+    }
+    return rows
+
+
+def print_result(run: Path, result: Mapping[str, Any]) -> None:
+    """Print a finished run as a table."""
+    table = Table(title=f"{result['config']['strategy']}, seed {result['config']['seed']}: {run}")
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    for name, value in _rows(result).items():
+        table.add_row(name, value)
+    for site, mae in result["accuracy"]["site_mae"].items():
+        table.add_row(f"  {site} ({result['accuracy']['site_n'][site]} held out)", f"{mae:.2f} years")
+    Console(highlight=False).print(table)
+
+
+def print_comparison(runs: list[Path]) -> None:
+    """Print runs side by side, with each run's paired difference to the first."""
+    results = [load_result(run) for run in runs]
+    table = Table(title="Runs side by side")
+    table.add_column("measure")
+    for name in run_names(runs):
+        table.add_column(name, justify="right")
+    columns = [_rows(result) for result in results]
+    table.add_row("strategy", *(result["config"]["strategy"] for result in results))
+    for name in columns[0]:
+        table.add_row(name, *(column.get(name, "-") for column in columns))
+    cells = ["-"]
+    for run in runs[1:]:
+        found = paired_difference(run, runs[0])
+        cells.append(f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}] years")
+    table.add_row("MAE minus the first run's [95 % paired interval]", *cells)
+    Console(highlight=False).print(table)
