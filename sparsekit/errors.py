@@ -71,3 +71,15 @@ class CohortError(SparsekitError, ValueError):
 
 class RunError(SparsekitError, RuntimeError):
     """A federation run cannot go on; the text says how to resume or repair it."""
+
+
+class SparsekitWarning(UserWarning):
+    """Base of all warnings that sparsekit gives; never given itself."""
+
+
+class EmptiedLayerWarning(SparsekitWarning):
+    """A mask leaves a layer, or filters that could have kept a weight, without any weight."""
+
+
+class ScheduleWarning(SparsekitWarning):
+    """A pruning schedule ends below the sparsity that was asked for."""

@@ -1,0 +1,147 @@
+"""Which implementation runs an op: one explicit table, and a record of the choices made.
+
+Nothing here looks at environment variables or catches a failing import: ``auto`` takes the first
+row of the table, and a backend that was named runs or raises.
+"""
+
+import importlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sparsekit.errors import ArgumentError, BackendError
+
+BACKENDS = ("reference", "cpu", "triton")
+"""Every backend that can be named; not each op has each of them."""
+
+MAX_RECORDS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Implementation:
+    """One row of the table: where an implementation lives and what its time follows."""
+
+    backend: str
+    module: str
+    function: str
+    follows_mask: bool
+    """True if pruned weights cost no time; False if the op is computed densely."""
+
+    def load(self) -> Callable[..., Any]:
+        """Import the implementation; backends are not imported before they are used."""
+        function: Callable[..., Any] = getattr(importlib.import_module(self.module), self.function)
+        return function
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What `resolve` picked, and why."""
+
+    op: str
+    implementation: Implementation
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One kind of call that was made, and how often."""
+
+    op: str
+    backend: str
+    device: str
+    detail: str
+    reason: str
+    calls: int
+
+
+_CONV_REFERENCE = Implementation(
+    "reference", "sparsekit.kernels.masked_conv3d.reference", "masked_conv3d", follows_mask=False
+)
+_TOPK_REFERENCE = Implementation(
+    "reference", "sparsekit.kernels.topk_mask.reference", "topk_mask", follows_mask=False
+)
+
+# (op, device type) -> implementations, best first. Devices that are not listed take ANY_DEVICE.
+ANY_DEVICE = "any"
+TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {
+    ("masked_conv3d", ANY_DEVICE): (_CONV_REFERENCE,),
+    ("topk_mask", ANY_DEVICE): (_TOPK_REFERENCE,),
+}
+
+
+def ops() -> tuple[str, ...]:
+    """Names of all ops in the table, in its order."""
+    return tuple(dict.fromkeys(op for op, _ in TABLE))
+
+
+def available(op: str, device_type: str) -> tuple[Implementation, ...]:
+    """Implementations of `op` for tensors on `device_type`, best first."""
+    return TABLE.get((op, device_type), TABLE[(op, ANY_DEVICE)])
+
+
+def resolve(op: str, device_type: str, backend: str = "auto") -> Choice:
+    """Choose the implementation of `op`.
+
+    Parameters
+    ----------
+    op : str
+        A name in the table.
+    device_type : str
+        ``tensor.device.type`` of the inputs.
+    backend : str
+        ``"auto"`` or one of `BACKENDS`.
+
+    Raises
+    ------
+    ArgumentError
+        The backend's name is unknown.
+    BackendError
+        The named backend has no implementation of `op` for this device.
+    """
+    rows = available(op, device_type)
+    if backend == "auto":
+        if len(rows) == 1:
+            reason = f"the only implementation for {device_type} tensors"
+        else:
+            reason = f"the first choice for {device_type} tensors"
+        return Choice(op, rows[0], reason)
+    for row in rows:
+        if row.backend == backend:
+            return Choice(op, row, "named by the caller")
+    names = ", ".join(repr(row.backend) for row in rows)
+    if backend not in BACKENDS:
+        raise ArgumentError(
+            f"backend: expected 'auto', {', '.join(map(repr, BACKENDS))}, got {backend!r}"
+        )
+    raise BackendError(
+        f"backend: this release has no {backend!r} implementation of {op} for {device_type} "
+        f"tensors; use backend='auto' or one of {names}"
+    )
+
+
+_lock = threading.Lock()
+_records: OrderedDict[tuple[str, str, str, str, str], int] = OrderedDict()
+
+
+def record(choice: Choice, device_type: str, detail: str) -> None:
+    """Remember a call for `records`; the kind of call used longest ago makes room."""
+    key = (choice.op, choice.implementation.backend, device_type, detail, choice.reason)
+    with _lock:
+        _records[key] = _records.pop(key, 0) + 1
+        if len(_records) > MAX_RECORDS:
+            _records.popitem(last=False)
+
+
+def records() -> tuple[Record, ...]:
+    """The recent kinds of calls, the latest first."""
+    with _lock:
+        items = list(_records.items())
+    return tuple(Record(*key, calls) for key, calls in reversed(items))
+
+
+def clear_records() -> None:
+    """Forget all calls."""
+    with _lock:
+        _records.clear()

@@ -1,0 +1,143 @@
+"""Layers that skip pruned weights, and swapping them in and out of a model."""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sparsekit import masks as _masks
+from sparsekit import ops, prune
+from sparsekit.types import Masks
+
+
+class MaskedConv3d(nn.Conv3d):
+    """`torch.nn.Conv3d` whose pruned weights take part in nothing.
+
+    Takes the arguments of `torch.nn.Conv3d` and starts with nothing pruned. The state dict has
+    Conv3d's keys and ``weight_mask``; a checkpoint of a dense Conv3d loads strictly and makes
+    the mask all True. Pruned weights are exactly 0 after every step of any torch optimizer.
+
+    Attributes
+    ----------
+    precision, backend : str
+        Passed to `sparsekit.masked_conv3d`.
+    """
+
+    weight_mask: Tensor
+    precision: str = "auto"
+    backend: str = "auto"
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self._start_masked()
+
+    def _start_masked(self) -> None:
+        if "weight" not in _masks.module_holds(self):
+            _masks.attach(self, "weight", torch.ones_like(self.weight, dtype=torch.bool))
+        _masks.module_holds(self)["weight"].kind = type(self).__name__
+
+    @property
+    def mask(self) -> Tensor:
+        """Bool tensor of the weight's shape; True keeps. Change it with `set_mask` only."""
+        return self.weight_mask
+
+    def set_mask(self, mask: Tensor) -> None:
+        """Replace the mask and set pruned weights to 0.
+
+        Parameters
+        ----------
+        mask : Tensor, (c_out, c_in / groups, kd, kh, kw), bool
+            Copied. It may also bring weights back; they start at 0.
+        """
+        _masks.attach(self, "weight", mask)
+
+    @property
+    def density(self) -> float:
+        """Share of weights that are kept."""
+        return int(self.weight_mask.count_nonzero()) / self.weight_mask.numel()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve (n, c_in, d, h, w) or (c_in, d, h, w) with the unpruned weights."""
+        padding = cast("str | tuple[int, int, int]", self.padding)
+        if self.padding_mode != "zeros":
+            pad = self._reversed_padding_repeated_twice
+            input = functional.pad(input, pad, mode=self.padding_mode)
+            padding = 0  # type: ignore[assignment]
+        return ops.masked_conv3d(
+            input, self.weight, self.weight_mask, self.bias,
+            stride=self.stride, padding=padding, dilation=self.dilation, groups=self.groups,
+            precision=self.precision, backend=self.backend,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        """Conv3d's text and the density."""
+        return f"{super().extra_repr()}, density={self.density:.4f}"
+
+
+def sparsify(model: nn.Module, masks: Masks | None = None) -> nn.Module:
+    """Make a model's convolutions skip pruned weights, and hold its masks from now on.
+
+    Each `torch.nn.Conv3d` becomes a `MaskedConv3d` in place: the same object with the same
+    parameters, buffers and hooks, so optimizers and references stay valid. Other layers (also
+    subclasses of Conv3d, which may compute something else) go on as dense layers whose pruned
+    parameters are 0 after every optimizer step; `sparsekit.explain` lists them.
+
+    Parameters
+    ----------
+    model : Module
+        Changed in place. Masks of `torch.nn.utils.prune` are taken over first.
+    masks : mapping of bool Tensor, optional
+        By parameter name. Parameters without one keep the mask that they have, else stay dense.
+
+    Returns
+    -------
+    Module
+        `model` itself.
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError
+        A mask does not fit the model; nothing has been changed then.
+
+    Examples
+    --------
+    >>> from sparsekit.prune import magnitude_masks
+    >>> model = torch.nn.Sequential(torch.nn.Conv3d(2, 4, 3), torch.nn.ReLU())
+    >>> model = sparsify(model, magnitude_masks(model, 0.75))
+    >>> model[0].density
+    0.25
+    """
+    if masks is not None:
+        prune.check_masks(model, masks)
+    prune.adopt_torch_masks(model)
+    for name, module in model.named_modules():
+        if type(module) is nn.Conv3d:
+            module.__class__ = MaskedConv3d
+            cast(MaskedConv3d, module)._start_masked()
+            _masks.module_holds(module)["weight"].layer = name
+    if masks is not None:
+        prune.apply_masks(model, masks)
+    return model
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Undo `sparsify`: plain layers without masks, with the values that the weights have now.
+
+    Parameters
+    ----------
+    model : Module
+        Changed in place. Zeros stay zeros until an optimizer moves them.
+
+    Returns
+    -------
+    Module
+        `model` itself.
+    """
+    for module in model.modules():
+        _masks.detach(module)
+        if type(module) is MaskedConv3d:
+            module.__class__ = nn.Conv3d
+            for name in ("precision", "backend"):
+                module.__dict__.pop(name, None)
+    return model

@@ -1,0 +1,341 @@
+"""The ops: arguments are checked once here, then an implementation is chosen and run."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparsekit.errors import ArgumentError, ArgumentTypeError
+from sparsekit.kernels import dispatch
+from sparsekit.types import Size3
+
+PRECISIONS = ("auto", "ieee", "tf32", "tf32x3", "bf16x3")
+_FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_KEY_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def masked_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    voxel_mask: Tensor | None = None,
+    precision: str = "auto",
+    backend: str = "auto",
+) -> Tensor:
+    """3D convolution with the unpruned weights only.
+
+    Pruned weights take part in nothing: their values may be anything, also NaN, and their
+    gradient is exactly 0.
+
+    Parameters
+    ----------
+    x : Tensor, (n, c_in, d, h, w) or (c_in, d, h, w)
+        Input; float16, bfloat16, float32 or float64.
+    weight : Tensor, (c_out, c_in / groups, kd, kh, kw)
+        Dtype and device of `x`.
+    mask : Tensor, shape of `weight`, bool
+        True keeps the weight.
+    bias : Tensor, (c_out,), optional
+        Added to every output voxel.
+    stride, padding, dilation : int or 3 int
+        As in `torch.nn.functional.conv3d`; `padding` may be ``"same"`` or ``"valid"``.
+    groups : int
+        Number of blocks of channels that do not mix.
+    voxel_mask : Tensor, (d_out, h_out, w_out) or (n or 1, 1, d_out, h_out, w_out), bool, optional
+        The output, bias included, is 0 where this is False, and no gradient flows from there.
+    precision : {"auto", "ieee", "tf32", "tf32x3", "bf16x3"}
+        Least accuracy of float32 products. ``"auto"`` follows torch's flags; the reference
+        backend on a CPU always computes in the dtype of `x`.
+    backend : {"auto", "reference", "cpu", "triton"}
+        ``"auto"`` takes the best implementation for the device; see `sparsekit.explain`.
+
+    Returns
+    -------
+    Tensor, (n, c_out, d_out, h_out, w_out) or (c_out, d_out, h_out, w_out)
+
+    Raises
+    ------
+    ArgumentError
+        A shape, value or device does not fit; the text names the argument.
+    ArgumentTypeError
+        A dtype is not supported, or `mask` is not bool.
+    BackendError
+        The named backend cannot run here.
+
+    Examples
+    --------
+    >>> x, weight = torch.ones(1, 1, 3, 3, 3), torch.ones(1, 1, 3, 3, 3)
+    >>> mask = torch.zeros(1, 1, 3, 3, 3, dtype=torch.bool)
+    >>> mask[0, 0, 1, 1, :] = True
+    >>> masked_conv3d(x, weight, mask).item()
+    3.0
+    """
+    _check_tensors(x, weight, mask, bias)
+    if precision not in PRECISIONS:
+        raise ArgumentError(
+            f"precision: expected one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}"
+        )
+    if groups < 1 or weight.shape[0] % groups:
+        raise ArgumentError(
+            f"groups: expected a divisor of the {weight.shape[0]} output channels, got {groups}"
+        )
+    unbatched = x.ndim == 4
+    batch = x.unsqueeze(0) if unbatched else x
+    if batch.shape[1] != weight.shape[1] * groups:
+        raise ArgumentError(
+            f"x: expected {weight.shape[1] * groups} channels "
+            f"(weight has {weight.shape[1]} per group, groups = {groups}), got {batch.shape[1]}"
+        )
+    kernel: Size3 = (weight.shape[2], weight.shape[3], weight.shape[4])
+    steps = _triple("stride", stride, least=1)
+    spread = _triple("dilation", dilation, least=1)
+    batch, pad = _resolve_padding(batch, padding, kernel, steps, spread)
+    out_size = tuple(
+        (size + 2 * p - s * (k - 1) - 1) // step + 1
+        for size, p, s, k, step in zip(batch.shape[2:], pad, spread, kernel, steps, strict=True)
+    )
+    if min(out_size) < 1:
+        raise ArgumentError(
+            f"x: a {tuple(batch.shape[2:])} grid with padding {pad} is smaller than the "
+            f"{kernel} kernel with dilation {spread}"
+        )
+    if voxel_mask is not None:
+        voxel_mask = _check_voxel_mask(voxel_mask, batch, out_size)
+
+    # Meta tensors only carry shapes, which every backend gives alike.
+    choice = dispatch.resolve("masked_conv3d", x.device.type, "auto" if x.is_meta else backend)
+    run = choice.implementation.load()
+    y: Tensor = run(
+        batch, weight, mask, bias,
+        stride=steps, padding=pad, dilation=spread, groups=groups,
+        voxel_mask=voxel_mask, precision=precision,
+    )  # fmt: skip
+    if not (torch.compiler.is_compiling() or x.is_meta):
+        detail = f"{tuple(weight.shape)} {str(x.dtype).removeprefix('torch.')}"
+        dispatch.record(choice, x.device.type, detail)
+    return y.squeeze(0) if unbatched else y
+
+
+def _check_tensors(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> None:
+    for name, tensor in (("x", x), ("weight", weight), ("mask", mask)):
+        if not isinstance(tensor, Tensor):
+            raise ArgumentTypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    if x.ndim not in (4, 5):
+        raise ArgumentError(
+            f"x: expected (n, c, d, h, w) or (c, d, h, w), got shape {tuple(x.shape)}"
+        )
+    if weight.ndim != 5 or 0 in weight.shape:
+        raise ArgumentError(
+            "weight: expected (c_out, c_in / groups, kd, kh, kw) without empty axes, "
+            f"got shape {tuple(weight.shape)}"
+        )
+    if mask.shape != weight.shape:
+        raise ArgumentError(
+            f"mask: expected the weight's shape {tuple(weight.shape)}, got {tuple(mask.shape)}"
+        )
+    if mask.dtype != torch.bool:
+        raise ArgumentTypeError(f"mask: expected dtype bool, got {mask.dtype}; use mask.bool()")
+    if x.dtype not in _FLOAT_DTYPES:
+        raise ArgumentTypeError(f"x: expected a real floating dtype, got {x.dtype}")
+    # Under autocast the convolution itself brings its inputs to one dtype.
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ArgumentTypeError(f"weight: expected the dtype of x, {x.dtype}, got {weight.dtype}")
+    if bias is not None:
+        if bias.shape != weight.shape[:1]:
+            raise ArgumentError(
+                f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}"
+            )
+        if bias.dtype != weight.dtype:
+            raise ArgumentTypeError(
+                f"bias: expected the weight's dtype {weight.dtype}, got {bias.dtype}"
+            )
+    for name, other in (("weight", weight), ("mask", mask), ("bias", bias)):
+        if other is not None and other.device != x.device:
+            raise ArgumentError(
+                f"{name}: expected the device of x, {x.device}, got {other.device}; "
+                f"move it with {name}.to(x.device)"
+            )
+
+
+def _triple(name: str, value: int | Sequence[int], *, least: int) -> Size3:
+    values = (value, value, value) if isinstance(value, int) else tuple(value)
+    if len(values) != 3 or any(v < least for v in values):
+        raise ArgumentError(f"{name}: expected an int >= {least} or 3 of them, got {value!r}")
+    return values
+
+
+def _resolve_padding(
+    x: Tensor, padding: int | Sequence[int] | str, kernel: Size3, stride: Size3, dilation: Size3
+) -> tuple[Tensor, Size3]:
+    """Symmetric padding as numbers; what ``"same"`` needs beyond that is added to `x`."""
+    if not isinstance(padding, str):
+        return x, _triple("padding", padding, least=0)
+    if padding == "valid":
+        return x, (0, 0, 0)
+    if padding != "same":
+        raise ArgumentError(f"padding: expected 'same', 'valid' or numbers, got {padding!r}")
+    if stride != (1, 1, 1):
+        raise ArgumentError(f"padding: 'same' needs stride 1, got stride {stride}")
+    total = [s * (k - 1) for s, k in zip(dilation, kernel, strict=True)]
+    if any(t % 2 for t in total):
+        # torch puts the odd voxel at the far end; F.pad counts from the last axis.
+        x = functional.pad(x, [v for t in reversed(total) for v in (0, t % 2)])
+    return x, (total[0] // 2, total[1] // 2, total[2] // 2)
+
+
+def _check_voxel_mask(voxel_mask: Tensor, x: Tensor, out_size: tuple[int, ...]) -> Tensor:
+    if voxel_mask.dtype != torch.bool:
+        raise ArgumentTypeError(f"voxel_mask: expected dtype bool, got {voxel_mask.dtype}")
+    if voxel_mask.device != x.device:
+        raise ArgumentError(
+            f"voxel_mask: expected the device of x, {x.device}, got {voxel_mask.device}"
+        )
+    shape = tuple(voxel_mask.shape)
+    if shape == out_size:
+        return voxel_mask[None, None]
+    if shape not in ((1, 1, *out_size), (x.shape[0], 1, *out_size)):
+        raise ArgumentError(
+            f"voxel_mask: expected the output's grid {out_size}, or (n or 1, 1) before it, "
+            f"got {shape}"
+        )
+    return voxel_mask
+
+
+@overload
+def topk_mask(
+    tensors: Mapping[str, Tensor],
+    keep: int,
+    *,
+    within: Mapping[str, Tensor] | None = None,
+    backend: str = "auto",
+) -> dict[str, Tensor]: ...
+@overload
+def topk_mask(
+    tensors: tuple[Tensor, ...],
+    keep: int,
+    *,
+    within: Sequence[Tensor] | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, ...]: ...
+@overload
+def topk_mask(
+    tensors: Sequence[Tensor],
+    keep: int,
+    *,
+    within: Sequence[Tensor] | None = None,
+    backend: str = "auto",
+) -> list[Tensor]: ...
+def topk_mask(
+    tensors: Mapping[str, Tensor] | Sequence[Tensor],
+    keep: int,
+    *,
+    within: Mapping[str, Tensor] | Sequence[Tensor] | None = None,
+    backend: str = "auto",
+) -> dict[str, Tensor] | list[Tensor] | tuple[Tensor, ...]:
+    """Select exactly the `keep` entries of largest magnitude over all tensors together.
+
+    Of equal magnitudes those first in order win: order of the tensors, then C order inside one.
+    -0.0 equals 0.0. Every backend returns the same bits.
+
+    Parameters
+    ----------
+    tensors : mapping or sequence of Tensor
+        float32, float16 or bfloat16, of any shapes, on any devices.
+    keep : int
+        Number of True entries, from 0 to what `within` leaves.
+    within : mapping or sequence of Tensor, bool, optional
+        Same keys (or length) and shapes as `tensors`; entries that are False are never selected.
+    backend : {"auto", "reference", "cpu", "triton"}
+        See `sparsekit.explain`.
+
+    Returns
+    -------
+    dict, tuple or list of Tensor, bool
+        A dict for a mapping, a tuple for a tuple, else a list; each mask on its tensor's device.
+
+    Raises
+    ------
+    ArgumentError
+        `keep` is out of range, a tensor holds NaN, or `within` does not fit.
+    ArgumentTypeError
+        A dtype is not supported. float64 is refused: its order would change with the rounding
+        to the float32 keys that all backends share.
+
+    Examples
+    --------
+    >>> topk_mask([torch.tensor([3.0, -5.0, 0.0]), torch.tensor([[4.0, 5.0]])], keep=2)
+    [tensor([False,  True, False]), tensor([[False,  True]])]
+    """
+    names, values = _named("tensors", tensors)
+    for name, tensor in zip(names, values, strict=True):
+        if tensor.dtype not in _KEY_DTYPES or tensor.layout != torch.strided:
+            raise ArgumentTypeError(
+                f"tensors: expected dense float32, float16 or bfloat16, but {name} is "
+                f"{tensor.dtype} ({tensor.layout}); convert it, for instance with .float()"
+            )
+        if tensor.is_meta:
+            raise ArgumentTypeError(f"tensors: {name} is a meta tensor and has no values")
+    allowed: list[Tensor] | None = None
+    alive = sum(t.numel() for t in values)
+    if within is not None:
+        allowed = _check_within(within, tensors, names, values)
+        alive = sum(int(m.count_nonzero()) for m in allowed)
+    if isinstance(keep, bool) or not isinstance(keep, int):
+        raise ArgumentTypeError(f"keep: expected an int, got {keep!r}")
+    if not 0 <= keep <= alive:
+        raise ArgumentError(f"keep: expected 0 to {alive} (the entries to choose from), got {keep}")
+
+    device_type = values[0].device.type if values else "cpu"
+    choice = dispatch.resolve("topk_mask", device_type, backend)
+    masks: list[Tensor] = choice.implementation.load()(values, names, keep, allowed)
+    dispatch.record(choice, device_type, f"{len(values)} tensors")
+    if isinstance(tensors, Mapping):
+        return dict(zip(tensors, masks, strict=True))
+    return tuple(masks) if isinstance(tensors, tuple) else masks
+
+
+def _named(argument: str, tensors: Any) -> tuple[list[str], list[Tensor]]:
+    if isinstance(tensors, Mapping):
+        names, values = [repr(key) for key in tensors], list(tensors.values())
+    elif isinstance(tensors, Sequence):
+        names, values = [f"number {i}" for i in range(len(tensors))], list(tensors)
+    else:
+        raise ArgumentTypeError(
+            f"{argument}: expected a mapping or a sequence of tensors, "
+            f"got {type(tensors).__name__}; put a single tensor into a list"
+        )
+    for name, value in zip(names, values, strict=True):
+        if not isinstance(value, Tensor):
+            raise ArgumentTypeError(
+                f"{argument}: expected tensors, but {name} is {type(value).__name__}"
+            )
+    return names, values
+
+
+def _check_within(
+    within: Any, tensors: Any, names: list[str], values: list[Tensor]
+) -> list[Tensor]:
+    within_names, masks = _named("within", within)
+    if isinstance(within, Mapping) != isinstance(tensors, Mapping):
+        raise ArgumentTypeError("within: expected a mapping or a sequence, as tensors is")
+    if sorted(within_names) != sorted(names):
+        differing = sorted(set(within_names) ^ set(names))
+        raise ArgumentError(f"within: expected one mask per tensor; without a partner: {differing}")
+    if isinstance(within, Mapping):
+        masks = [within[key] for key in tensors]
+    for name, mask, tensor in zip(names, masks, values, strict=True):
+        if mask.dtype != torch.bool:
+            raise ArgumentTypeError(f"within: expected dtype bool, but {name} is {mask.dtype}")
+        if mask.shape != tensor.shape:
+            raise ArgumentError(
+                f"within: expected shape {tuple(tensor.shape)} for {name}, got {tuple(mask.shape)}"
+            )
+    return masks

@@ -1,0 +1,371 @@
+"""Exact magnitude pruning: which weights stay, and making a model hold the choice."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune as torch_prune
+
+from sparsekit import masks as _masks
+from sparsekit.errors import ArgumentError, EmptiedLayerWarning
+from sparsekit.masks import masks_of, prunable_parameters
+from sparsekit.ops import topk_mask
+from sparsekit.types import Masks, State
+
+__all__ = [
+    "adopt_torch_masks",
+    "apply_masks",
+    "check_masks",
+    "magnitude_masks",
+    "majority_vote",
+    "masks_of",
+    "paper_masks",
+    "prunable_parameters",
+]
+
+SCOPES = ("global", "layer", "erk")
+GRANULARITIES = ("weight",)
+
+
+def magnitude_masks(
+    model_or_tensors: nn.Module | State,
+    sparsity: float,
+    *,
+    scope: str = "global",
+    granularity: str = "weight",
+    within: Masks | None = None,
+    min_per_filter: int = 1,
+) -> dict[str, Tensor]:
+    """Masks that keep the weights of largest magnitude, with exact counts.
+
+    Of N entries, ``min(N - int(sparsity * N), alive)`` are kept, alive being what `within` keeps.
+    Of equal magnitudes the first in order wins.
+
+    Parameters
+    ----------
+    model_or_tensors : Module or mapping of Tensor
+        A model stands for the weights of its convolutions and linear layers
+        (`prunable_parameters`); of a mapping every tensor is pruned.
+    sparsity : float
+        Share of entries to prune, from 0 to 1.
+    scope : {"global", "layer", "erk"}
+        Compare magnitudes over all tensors together; or prune each tensor to `sparsity`; or give
+        each tensor a density in proportion to the sum of its sizes over their product
+        (Erdos-Renyi-Kernel, Evci et al., arXiv 1911.11134), dense tensors passing their surplus
+        on, with the same exact total.
+    granularity : {"weight"}
+        What is kept or pruned as one.
+    within : mapping of bool Tensor, optional
+        An earlier mask with the same names; the new one lies inside it.
+    min_per_filter : int
+        Keep at least this many weights in each slice along axis 0 of tensors with 2 or more axes,
+        as far as `within` has them; the smallest weights elsewhere give way, so that the total
+        stays exact. 0 turns the guard off.
+
+    Returns
+    -------
+    dict of Tensor, bool
+        By parameter name.
+
+    Raises
+    ------
+    ArgumentError
+        A value is out of range or not in this release, or a tensor holds NaN.
+    ArgumentTypeError
+        A dtype is not supported (see `sparsekit.topk_mask`).
+
+    Warns
+    -----
+    EmptiedLayerWarning
+        Too few weights are kept for the guard, or a tensor keeps none.
+
+    Examples
+    --------
+    >>> masks = magnitude_masks({"w": torch.tensor([[1.0, -4.0], [3.0, 2.0]])}, 0.5)
+    >>> masks["w"]
+    tensor([[False,  True],
+            [ True, False]])
+    """
+    if scope not in SCOPES:
+        raise ArgumentError(
+            f"scope: {scope!r} is not in this release; choose one of {', '.join(map(repr, SCOPES))}"
+        )
+    if granularity not in GRANULARITIES:
+        raise ArgumentError(f"granularity: {granularity!r} is not in this release; choose 'weight'")
+    if not 0.0 <= sparsity <= 1.0:
+        raise ArgumentError(f"sparsity: expected a number from 0 to 1, got {sparsity}")
+    if min_per_filter < 0:
+        raise ArgumentError(f"min_per_filter: expected a count >= 0, got {min_per_filter}")
+    tensors = _tensors_of(model_or_tensors)
+    if within is None:
+        alive = {name: t.numel() for name, t in tensors.items()}
+    else:
+        if within.keys() != tensors.keys():
+            differing = sorted(within.keys() ^ tensors.keys())
+            raise ArgumentError(
+                f"within: expected one mask per tensor; without a partner: {differing}"
+            )
+        for name, tensor in tensors.items():
+            _masks.check_mask(name, within[name], tensor)
+        alive = {name: int(within[name].count_nonzero()) for name in tensors}
+
+    total = sum(t.numel() for t in tensors.values())
+    keep = min(total - int(sparsity * total), sum(alive.values()))
+    if scope == "global":
+        masks = _guarded_topk(tensors, keep, within, min_per_filter)
+    else:
+        if scope == "layer":
+            counts = {
+                name: min(t.numel() - int(sparsity * t.numel()), alive[name])
+                for name, t in tensors.items()
+            }
+        else:
+            counts = _erk_counts(tensors, keep, alive)
+        masks = {}
+        for name, tensor in tensors.items():
+            inside = None if within is None else {name: within[name]}
+            masks |= _guarded_topk({name: tensor}, counts[name], inside, min_per_filter)
+    _warn_if_emptied(masks, alive)
+    return masks
+
+
+def _tensors_of(model_or_tensors: nn.Module | State) -> dict[str, Tensor]:
+    if isinstance(model_or_tensors, nn.Module):
+        tensors: dict[str, Tensor] = dict(prunable_parameters(model_or_tensors))
+        if not tensors:
+            raise ArgumentError(
+                "model_or_tensors: the model has no convolution or linear layer to prune"
+            )
+        return tensors
+    return dict(model_or_tensors)
+
+
+def _erk_counts(tensors: State, keep: int, alive: Mapping[str, int]) -> dict[str, int]:
+    """Split `keep` in proportion to the sum of each tensor's sizes, at most `alive` each.
+
+    Density is sum(shape) / prod(shape) up to a factor, so the count is sum(shape) up to it. All
+    in integers, so that every machine gets the same split.
+    """
+    # A 0-d tensor has one entry and an empty sum.
+    shares = {name: max(1, sum(t.shape)) if t.numel() else 0 for name, t in tensors.items()}
+    counts = dict.fromkeys(tensors, 0)
+    open_names = [name for name in tensors if alive[name]]
+    left = keep
+    while True:
+        whole = sum(shares[name] for name in open_names)
+        full = [name for name in open_names if left * shares[name] >= alive[name] * whole]
+        if not full:
+            break
+        for name in full:
+            counts[name] = alive[name]
+            left -= alive[name]
+        open_names = [name for name in open_names if name not in full]
+    for name in open_names:
+        counts[name] = left * shares[name] // whole
+    spare = left - sum(counts[name] for name in open_names)
+    by_remainder = sorted(open_names, key=lambda name: -(left * shares[name] % whole))
+    for name in by_remainder[:spare]:
+        counts[name] += 1
+    return counts
+
+
+def _guarded_topk(
+    tensors: State, keep: int, within: Masks | None, min_per_filter: int
+) -> dict[str, Tensor]:
+    masks = topk_mask(tensors, keep, within=within)
+    if min_per_filter == 0 or not _starved(masks, within, min_per_filter):
+        return masks
+    forced = {
+        name: _best_per_filter(t, None if within is None else within[name], min_per_filter)
+        for name, t in tensors.items()
+    }
+    forced_count = sum(int(m.count_nonzero()) for m in forced.values())
+    if forced_count >= keep:
+        if forced_count > keep:
+            warnings.warn(
+                f"{keep} kept weights are too few to give each filter of "
+                f"{', '.join(tensors)} {min_per_filter} (that needs {forced_count}): "
+                f"{forced_count - keep} are missing; choose a lower sparsity",
+                EmptiedLayerWarning,
+                stacklevel=3,
+            )
+        return topk_mask(tensors, keep, within=forced)
+    free = {name: ~m if within is None else within[name] & ~m for name, m in forced.items()}
+    rest = topk_mask(tensors, keep - forced_count, within=free)
+    return {name: forced[name] | rest[name] for name in tensors}
+
+
+def _filters(tensor: Tensor) -> Tensor | None:
+    """One row per filter, or None where the guard does not apply."""
+    if tensor.ndim < 2 or tensor.numel() == 0:
+        return None
+    return tensor.reshape(tensor.shape[0], -1)
+
+
+def _starved(masks: Masks, within: Masks | None, least: int) -> bool:
+    """Whether a filter keeps fewer weights than the guard grants it."""
+    for name, mask in masks.items():
+        rows = _filters(mask)
+        if rows is None:
+            continue
+        granted = torch.full((rows.shape[0],), min(least, rows.shape[1]), device=rows.device)
+        if within is not None:
+            granted = granted.minimum(within[name].reshape(rows.shape).sum(dim=1))
+        if bool((rows.sum(dim=1) < granted).any()):
+            return True
+    return False
+
+
+def _best_per_filter(tensor: Tensor, within: Tensor | None, least: int) -> Tensor:
+    rows = _filters(tensor)
+    if rows is None:
+        return torch.zeros_like(tensor, dtype=torch.bool)
+    size = rows.detach().abs().float().cpu().numpy()
+    if within is not None:
+        size = np.where(within.reshape(size.shape).cpu().numpy(), size, -1.0)
+    # A stable sort keeps the order of equal magnitudes: the first wins, as in topk_mask.
+    best = np.argsort(-size, axis=1, kind="stable")[:, :least]
+    chosen = np.zeros(size.shape, np.bool_)
+    np.put_along_axis(chosen, best, np.take_along_axis(size, best, axis=1) >= 0.0, axis=1)
+    return torch.from_numpy(chosen.reshape(tensor.shape)).to(tensor.device)
+
+
+def _warn_if_emptied(masks: Masks, alive: Mapping[str, int]) -> None:
+    emptied = [name for name, m in masks.items() if alive[name] and not bool(m.any())]
+    if emptied:
+        warnings.warn(
+            f"no weight is left in {', '.join(emptied)}; choose a lower sparsity, "
+            "scope='layer' or scope='erk'",
+            EmptiedLayerWarning,
+            stacklevel=3,
+        )
+
+
+def paper_masks(tensors: State, sparsity: float) -> dict[str, Tensor]:
+    """Masks by the rule of the released FedSparsify code, for comparison with it.
+
+    One threshold over all given tensors (the authors take every trainable one, biases included):
+    the value at index ``int(sparsity * N)`` of the sorted magnitudes. Everything at or above it
+    is kept, so ties are all kept and the count is not exact.
+
+    Parameters
+    ----------
+    tensors : mapping of Tensor
+        float32, float16 or bfloat16.
+    sparsity : float
+        From 0 to below 1.
+
+    Returns
+    -------
+    dict of Tensor, bool
+        By name.
+    """
+    if not 0.0 <= sparsity < 1.0:
+        raise ArgumentError(f"sparsity: expected a number from 0 to below 1, got {sparsity}")
+    total = sum(t.numel() for t in tensors.values())
+    if total == 0:
+        return {name: torch.zeros_like(t, dtype=torch.bool) for name, t in tensors.items()}
+    # The threshold is the smallest of the N - int(s * N) largest magnitudes.
+    largest = topk_mask(tensors, total - int(sparsity * total))
+    threshold = min(
+        float(t.detach()[largest[name]].abs().min()) for name, t in tensors.items()
+        if bool(largest[name].any())
+    )  # fmt: skip
+    return {name: t.detach().abs() >= threshold for name, t in tensors.items()}
+
+
+def majority_vote(masks_of_clients: Sequence[Masks]) -> dict[str, Tensor]:
+    """Keep what at least half of the clients keep (rounded down, at least one).
+
+    Parameters
+    ----------
+    masks_of_clients : sequence of mapping of bool Tensor
+        All with the same names and shapes.
+
+    Returns
+    -------
+    dict of Tensor, bool
+        True where ``votes >= max(1, n // 2)`` for n clients, so that a tie keeps.
+    """
+    if not masks_of_clients:
+        raise ArgumentError("masks_of_clients: expected at least one client's masks, got none")
+    first = masks_of_clients[0]
+    for i, masks in enumerate(masks_of_clients):
+        if masks.keys() != first.keys():
+            differing = sorted(masks.keys() ^ first.keys())
+            raise ArgumentError(f"masks_of_clients: client {i} differs from 0 in {differing}")
+        for name, mask in masks.items():
+            _masks.check_mask(f"{name} of client {i}", mask, first[name])
+    needed = max(1, len(masks_of_clients) // 2)
+    return {
+        name: sum((m[name].to(torch.int32) for m in masks_of_clients), torch.tensor(0)) >= needed
+        for name in first
+    }
+
+
+def check_masks(model: nn.Module, masks: Masks) -> None:
+    """Raise unless each mask is a bool tensor of the shape of a parameter of the model."""
+    parameters: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    for name, mask in masks.items():
+        if name not in parameters:
+            # torch.nn.utils.prune keeps the parameter under another name until it is adopted.
+            name_then = f"{name}_orig"
+            if name_then not in parameters:
+                raise ArgumentError(f"masks: the model has no parameter {name!r}")
+            parameters[name] = parameters[name_then]
+        _masks.check_mask(name, mask, parameters[name])
+
+
+def apply_masks(model: nn.Module, masks: Masks) -> None:
+    """Set pruned parameters to 0 and hold them there through every optimizer step.
+
+    Parameters
+    ----------
+    model : Module
+        Changed in place. Layers keep their kind; `sparsekit.sparsify` makes them skip weights.
+    masks : mapping of bool Tensor
+        By parameter name; copied. Parameters without a mask are left as they are.
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError
+        A mask does not fit the model; nothing has been changed then.
+    """
+    check_masks(model, masks)
+    for name, mask in masks.items():
+        layer, _, parameter = name.rpartition(".")
+        _masks.attach(model.get_submodule(layer), parameter, mask, layer)
+
+
+def adopt_torch_masks(model: nn.Module) -> dict[str, Tensor]:
+    """Take masks made by `torch.nn.utils.prune` over as masks of sparsekit.
+
+    Parameters
+    ----------
+    model : Module
+        Changed in place: torch's hooks and ``*_orig`` parameters go, the same parameter objects
+        stand under their plain names and are held at 0 where pruned.
+
+    Returns
+    -------
+    dict of Tensor, bool
+        The masks that were found, by parameter name; empty if there are none.
+    """
+    adopted = {}
+    for prefix, module in list(model.named_modules()):
+        pruned = [
+            name.removesuffix("_orig")
+            for name in list(module._parameters)
+            if name.endswith("_orig") and name.removesuffix("_orig") + "_mask" in module._buffers
+        ]
+        for name in pruned:
+            mask = module._buffers[name + _masks.MASK_SUFFIX]
+            assert mask is not None
+            mask = mask.bool().clone()
+            torch_prune.remove(module, name)
+            _masks.attach(module, name, mask, prefix)
+            adopted[f"{prefix}.{name}" if prefix else name] = mask
+    return adopted
