@@ -61,52 +61,6 @@ class SiteData:
     skipped: tuple[Problem, ...]
     voxel_mm: tuple[float, float, float]
 
-    def select(self, rows: np.ndarray) -> "SiteView":
-        """Return the scans at `rows` without copying their voxels."""
-        return SiteView(self, np.asarray(rows, np.int64))
-
-
-@dataclass(frozen=True)
-class SiteView:
-    """Some scans of a site, such as its training people.
-
-    Attributes
-    ----------
-    data : SiteData
-    rows : ndarray, (m,), int64
-        Indices into `data`.
-    """
-
-    data: SiteData
-    rows: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def site(self) -> str:
-        """Name of the site."""
-        return self.data.site
-
-    @property
-    def voxel_mm(self) -> tuple[float, float, float]:
-        """Voxel size along each axis."""
-        return self.data.voxel_mm
-
-    @property
-    def ages(self) -> np.ndarray:
-        """Years, (m,) float32."""
-        return self.data.ages[self.rows]
-
-    @property
-    def participants(self) -> tuple[str, ...]:
-        """The person of each scan."""
-        return tuple(self.data.participants[row] for row in self.rows)
-
-    def volume(self, index: int) -> np.ndarray:
-        """Return scan `index` of this view, (d, h, w) float32."""
-        return np.asarray(self.data.images[self.rows[index]], np.float32)
-
 
 def build_site_cache(
     scans: Sequence[Scan],
