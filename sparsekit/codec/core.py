@@ -63,7 +63,7 @@ def encode_elements(
     if len(state) > MAX_RECORDS:
         raise ArgumentError(f"state: expected at most {MAX_RECORDS} tensors, got {len(state)}")
     records = []
-    chunks = []
+    chunks: list[bytes | memoryview] = []
     for name, elements in state.items():
         given = None if masks is None else masks.get(name)
         forced = given is not None if masks is not None else len(elements.shape) >= 2
@@ -91,7 +91,7 @@ def _encode_one(
     given: Bools | None,
     base: Elements | None,
     encoding: MaskEncoding,
-) -> tuple[Record, bytes, bytes]:
+) -> tuple[Record, memoryview, memoryview]:
     dtype, shape, bits = elements.dtype, elements.shape, elements.bits
     if any(extent > MAX_EXTENT for extent in shape):
         raise ArgumentError(f"state: {quote(name)} has an extent above {MAX_EXTENT}")
@@ -109,7 +109,7 @@ def _encode_one(
     if code is MaskCode.DENSE:
         k = bits.size
     else:
-        bits = bits.take(np.flatnonzero(keep))
+        bits = sections.compact(bits, keep, k)
     mask = sections.pack_mask(code, keep, shape)
     values = sections.pack_values(sections.canonical(bits, dtype), dtype)
     checksum = section_checksum(mask, values)

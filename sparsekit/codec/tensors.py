@@ -11,6 +11,7 @@ from sparsekit.codec import core
 from sparsekit.codec.core import MaskEncoding
 from sparsekit.codec.sections import Bools, Elements
 from sparsekit.codec.wire import (
+    BOOL,
     DTYPE_BY_NAME,
     MAX_DIMS,
     MAX_NAME_BYTES,
@@ -342,10 +343,11 @@ def _flat_masks(masks: Masks, state: Mapping[str, Elements]) -> dict[str, Bools]
     flat = {}
     for name, mask in masks.items():
         if name not in state:
-            raise ArgumentError(f"masks: {name!r} is not in the state")
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise ArgumentTypeError(f"masks: expected a bool tensor for {quote(name)}, got {got}")
+            raise ArgumentError(f"masks: {quote(str(name))} is not in the state")
+        if _dtype_of(mask, name, "masks") is not BOOL:
+            raise ArgumentTypeError(
+                f"masks: expected a bool tensor for {quote(name)}, got {mask.dtype}"
+            )
         if tuple(mask.shape) != state[name].shape:
             raise ArgumentError(
                 f"masks: expected shape {state[name].shape} for {quote(name)}, "
