@@ -125,7 +125,7 @@ def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
         _zero(hold.parameter, hold.mask)
 
 
-def check_mask(name: str, mask: Tensor, parameter: Tensor) -> None:
+def check_mask(name: str, mask: object, parameter: Tensor) -> None:
     """Raise unless `mask` is a bool tensor of the parameter's shape."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
@@ -170,8 +170,8 @@ def attach(module: nn.Module, name: str, mask: Tensor, layer: str = "") -> None:
         buffer.copy_(mask)
         module.register_buffer(name + MASK_SUFFIX, buffer)
         if not holds:
-            module.register_load_state_dict_pre_hook(_before_load)
-            module.register_load_state_dict_post_hook(_after_load)
+            module.register_load_state_dict_pre_hook(_before_load)  # type: ignore[no-untyped-call]
+            module.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
         hold = MaskHold(name, parameter, buffer, layer, type(module).__name__)
         module.register_forward_pre_hook(hold)
     else:
@@ -184,18 +184,24 @@ def attach(module: nn.Module, name: str, mask: Tensor, layer: str = "") -> None:
 def detach(module: nn.Module) -> None:
     """Remove all masks of the module's own parameters; their values stay as they are."""
     for name, hold in module_holds(module).items():
-        hold.parameter.__dict__.pop(_ATTRIBUTE, None)
+        if hasattr(hold.parameter, _ATTRIBUTE):
+            delattr(hold.parameter, _ATTRIBUTE)
         del module._buffers[name + MASK_SUFFIX]
         with _lock:
             _holds.discard(hold)
-    ours = (
-        (module._forward_pre_hooks, lambda hook: isinstance(hook, MaskHold)),
-        (module._load_state_dict_pre_hooks, lambda hook: hook.hook is _before_load),
-        (module._load_state_dict_post_hooks, lambda hook: hook is _after_load),
-    )
-    for hooks, is_ours in ours:
-        for key in [key for key, hook in hooks.items() if is_ours(hook)]:
+    for hooks in (
+        module._forward_pre_hooks,
+        module._load_state_dict_pre_hooks,
+        module._load_state_dict_post_hooks,
+    ):
+        for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
             del hooks[key]
+
+
+def _is_ours(hook: object) -> bool:
+    # torch wraps hooks that take the module.
+    bare = getattr(hook, "hook", hook)
+    return isinstance(bare, MaskHold) or bare is _before_load or bare is _after_load
 
 
 def masks_of(model: nn.Module) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ class MaskedConv3d(nn.Conv3d):
     def _start_masked(self) -> None:
         if "weight" not in _masks.module_holds(self):
             _masks.attach(self, "weight", torch.ones_like(self.weight, dtype=torch.bool))
-        _masks.module_holds(self)["weight"].kind = type(self).__name__
+        _masks.module_holds(self)["weight"].kind = MaskedConv3d.__name__
 
     @property
     def mask(self) -> Tensor:
@@ -72,7 +72,8 @@ class MaskedConv3d(nn.Conv3d):
 
     def extra_repr(self) -> str:
         """Conv3d's text and the density."""
-        return f"{super().extra_repr()}, density={self.density:.4f}"
+        text = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{text}, density={self.density:.4f}"
 
 
 def sparsify(model: nn.Module, masks: Masks | None = None) -> nn.Module:
@@ -113,7 +114,7 @@ def sparsify(model: nn.Module, masks: Masks | None = None) -> nn.Module:
     prune.adopt_torch_masks(model)
     for name, module in model.named_modules():
         if type(module) is nn.Conv3d:
-            module.__class__ = MaskedConv3d
+            _become(module, MaskedConv3d)
             cast(MaskedConv3d, module)._start_masked()
             _masks.module_holds(module)["weight"].layer = name
     if masks is not None:
@@ -137,7 +138,12 @@ def densify(model: nn.Module) -> nn.Module:
     for module in model.modules():
         _masks.detach(module)
         if type(module) is MaskedConv3d:
-            module.__class__ = nn.Conv3d
+            _become(module, nn.Conv3d)
             for name in ("precision", "backend"):
                 module.__dict__.pop(name, None)
     return model
+
+
+def _become(module: nn.Module, kind: type[nn.Module]) -> None:
+    # The same object, not a new one: references, hooks and optimizers stay valid.
+    module.__class__ = kind

@@ -227,7 +227,7 @@ def topk_mask(
 ) -> tuple[Tensor, ...]: ...
 @overload
 def topk_mask(
-    tensors: Sequence[Tensor],
+    tensors: list[Tensor],
     keep: int,
     *,
     within: Sequence[Tensor] | None = None,

@@ -24,6 +24,7 @@ __all__ = [
     "masks_of",
     "paper_masks",
     "prunable_parameters",
+    "zero_outside",
 ]
 
 SCOPES = ("global", "layer", "erk")
@@ -340,6 +341,25 @@ def apply_masks(model: nn.Module, masks: Masks) -> None:
         _masks.attach(model.get_submodule(layer), parameter, mask, layer)
 
 
+def zero_outside(tensors: State, masks: Masks) -> None:
+    """Set pruned entries to 0.0 in place, whatever stands there (also NaN and -0.0).
+
+    Parameters
+    ----------
+    tensors : mapping of Tensor
+        Changed in place.
+    masks : mapping of bool Tensor
+        Each of the shape of the tensor with its name; tensors without a mask stay as they are.
+    """
+    for name, mask in masks.items():
+        if name not in tensors:
+            raise ArgumentError(f"masks: there is no tensor {name!r}")
+        _masks.check_mask(name, mask, tensors[name])
+    with torch.no_grad():
+        for name, mask in masks.items():
+            tensors[name].masked_fill_(~mask, 0.0)
+
+
 def adopt_torch_masks(model: nn.Module) -> dict[str, Tensor]:
     """Take masks made by `torch.nn.utils.prune` over as masks of sparsekit.
 
@@ -365,7 +385,7 @@ def adopt_torch_masks(model: nn.Module) -> dict[str, Tensor]:
             mask = module._buffers[name + _masks.MASK_SUFFIX]
             assert mask is not None
             mask = mask.bool().clone()
-            torch_prune.remove(module, name)
+            torch_prune.remove(module, name)  # type: ignore[no-untyped-call]
             _masks.attach(module, name, mask, prefix)
             adopted[f"{prefix}.{name}" if prefix else name] = mask
     return adopted

@@ -103,4 +103,4 @@ class PolynomialSchedule:
         if step < self.start:
             return 0.0
         left = 1.0 - (step - self.start) / (self.rounds - self.start)
-        return self.final + (self.initial - self.final) * left**self.exponent
+        return float(self.final + (self.initial - self.final) * left**self.exponent)
