@@ -1,10 +1,11 @@
 """Masked 3D convolution in plain PyTorch: the oracle for every other implementation."""
 
 import torch
-from sparsekit.errors import BackendError
-from sparsekit.types import Size3
 from torch import Tensor
 from torch.nn import functional
+
+from sparsekit.errors import BackendError
+from sparsekit.types import Size3
 
 
 def masked_conv3d(

@@ -6,7 +6,6 @@ import platform
 from importlib import metadata
 
 import torch
-import typer
 from rich.console import Console
 from rich.table import Table
 
