@@ -97,9 +97,10 @@ def pack_mask(code: MaskCode, keep: Bools, shape: tuple[int, ...]) -> memoryview
             rows, columns = csr_grid(shape)
             width = csr_width(columns)
             assert width is not None
-            counts = np.count_nonzero(keep.reshape(rows, columns), axis=1)
-            row_starts = np.repeat(np.arange(rows) * columns, counts)
-            places = _positions_of(keep) - row_starts
+            positions = _positions_of(keep)
+            row_starts = np.arange(rows) * columns
+            counts = np.diff(np.searchsorted(positions, row_starts), append=positions.size)
+            places = positions - np.repeat(row_starts, counts)
             numbers = np.concatenate([counts, places]).astype(f"<u{width}")
             return numbers.view(np.uint8).data
         case MaskCode.DENSE | MaskCode.ALL_ZERO | MaskCode.SAME:
