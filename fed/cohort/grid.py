@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 import nibabel
 import numpy as np
 from scipy import ndimage
+
 from sparsekit.errors import ArgumentError
 from sparsekit.fed.cohort.tables import Fault
 
@@ -134,6 +135,31 @@ def place(
         A fault of kind ``wrong-grid`` when more than `MAX_LOST` of the scan's intensity would
         fall outside the grid.
     """
+    plan = _plan(data, affine, space_code, grid)
+    if isinstance(plan, Fault):
+        return plan
+    if plan.placement.action == "resample":
+        return _resample(plan.data, plan.affine, grid), plan.placement
+    return _pad_crop(plan.data, plan.start, grid.shape), plan.placement
+
+
+def preview(data: np.ndarray, affine: np.ndarray, space_code: int, grid: Grid) -> Placement | Fault:
+    """Say what `place` would do, without doing it; same parameters and faults."""
+    plan = _plan(data, affine, space_code, grid)
+    return plan if isinstance(plan, Fault) else plan.placement
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A volume in R, A, S order, its anchored affine, and where the grid begins in its voxels."""
+
+    data: np.ndarray
+    affine: np.ndarray
+    start: np.ndarray
+    placement: Placement
+
+
+def _plan(data: np.ndarray, affine: np.ndarray, space_code: int, grid: Grid) -> _Plan | Fault:
     axes = "".join(nibabel.aff2axcodes(affine))
     data, affine = to_ras(data, affine)
     sizes = np.linalg.norm(affine[:3, :3], axis=0)
@@ -148,16 +174,16 @@ def place(
             f"{source}: {lost:.0%} of its intensity lies outside the model's {grid}",
             "register the scan to MNI space and remove the skull, or choose a larger grid",
         )
-    same_size = np.all(np.abs(sizes / grid.voxel_mm - 1) <= _SAME_SIZE)
-    if not same_size or _is_oblique(data.shape, affine):
-        return _resample(data, affine, grid), Placement(axes, source, "resample", anchor, 0.0, lost)
     start = np.linalg.solve(affine, grid.affine[:, 3])[:3]  # our voxel 0 in the scan's indices
     whole = np.rint(start).astype(int)
-    residual = float(np.max(np.abs(start - whole) * sizes))
-    untouched = data.shape == grid.shape and not whole.any()
-    action = "as-is" if untouched else "pad-crop"
-    placed = _pad_crop(data, whole, grid.shape)
-    return placed, Placement(axes, source, action, anchor, round(residual, 4), lost)
+    same_size = bool(np.all(np.abs(sizes / grid.voxel_mm - 1) <= _SAME_SIZE))
+    if not same_size or _is_oblique(data.shape, affine):
+        action, residual = "resample", 0.0
+    else:
+        untouched = data.shape == grid.shape and not whole.any()
+        action = "as-is" if untouched else "pad-crop"
+        residual = round(float(np.max(np.abs(start - whole) * sizes)), 4)
+    return _Plan(data, affine, whole, Placement(axes, source, action, anchor, residual, lost))
 
 
 def to_ras(data: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

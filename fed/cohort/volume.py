@@ -16,6 +16,7 @@ import nibabel
 import numpy as np
 import xxhash
 from nibabel.spatialimages import HeaderDataError
+
 from sparsekit.errors import CohortError
 from sparsekit.fed.cohort.scans import Scan
 from sparsekit.fed.cohort.tables import Fault
@@ -83,7 +84,7 @@ def load_scan(scan: Scan) -> Volume:
     faults = volume_faults(volume)
     if faults:
         raise ScanError(scan.path, faults[0])
-    return volume if scan.mask is None else _masked(volume, scan.mask)
+    return volume if scan.mask is None else apply_mask(volume, scan.mask)
 
 
 def read_volume(path: Path) -> Volume:
@@ -158,6 +159,32 @@ def volume_faults(volume: Volume) -> list[Fault]:
         detail = f"all voxels are {volume.data.flat[0]:g}"
         faults.append(Fault("constant", detail, "repeat the processing step that emptied it"))
     return faults
+
+
+def apply_mask(volume: Volume, mask_path: Path) -> Volume:
+    """Set the voxels to 0 where the mask file holds 0.5 or less.
+
+    Raises
+    ------
+    ScanError
+        The mask cannot be read, is on another grid, or is empty.
+    """
+    mask = read_volume(mask_path)
+    if mask.data.shape != volume.data.shape or not np.allclose(
+        mask.affine, volume.affine, atol=1e-2
+    ):
+        detail = "its grid differs from the scan's"
+        raise ScanError(mask_path, Fault("mask-grid", detail, "give the mask of this very scan"))
+    inside = mask.data > 0.5
+    if not inside.any():
+        raise ScanError(mask_path, Fault("constant", "the mask is empty", "make the mask again"))
+    return Volume(
+        np.where(inside, volume.data, np.float32(0)),
+        volume.affine,
+        volume.space_code,
+        f"{volume.digest}+{mask.digest}",
+        volume.n_bytes + mask.n_bytes,
+    )
 
 
 def digest_file(path: Path) -> str:
@@ -309,25 +336,6 @@ def _affine(header: nibabel.Nifti1Header) -> tuple[np.ndarray, int]:
     except (HeaderDataError, ValueError):
         return np.full((4, 4), np.nan), 1
     return np.eye(4), 0
-
-
-def _masked(volume: Volume, mask_path: Path) -> Volume:
-    mask = read_volume(mask_path)
-    if mask.data.shape != volume.data.shape or not np.allclose(
-        mask.affine, volume.affine, atol=1e-2
-    ):
-        detail = "its grid differs from the scan's"
-        raise ScanError(mask_path, Fault("mask-grid", detail, "give the mask of this very scan"))
-    inside = mask.data > 0.5
-    if not inside.any():
-        raise ScanError(mask_path, Fault("constant", "the mask is empty", "make the mask again"))
-    return Volume(
-        np.where(inside, volume.data, np.float32(0)),
-        volume.affine,
-        volume.space_code,
-        f"{volume.digest}+{mask.digest}",
-        volume.n_bytes + mask.n_bytes,
-    )
 
 
 def _truncated(detail: str) -> Fault:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
 from sparsekit.errors import ArgumentError
 from sparsekit.fed.cohort.grid import Grid
 
@@ -196,7 +197,7 @@ def _parabola(x: Floats, y: Floats, x_test: Floats) -> Floats:
 
 
 def _fold_numbers(n: int) -> npt.NDArray[np.int64]:
-    """Cut a site's scans into runs; a person's scans stand side by side and mostly stay together."""
+    """Cut a site's scans into runs, so that a person's scans, side by side, stay together."""
     return np.arange(n) * _N_FOLDS // max(n, 1)
 
 
