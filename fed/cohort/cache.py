@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from sparsekit.errors import ArgumentError, CohortError
 from sparsekit.fed.cohort.grid import Grid, Placement, place
 from sparsekit.fed.cohort.normalise import check_method, normalise, preprocessing_id

@@ -1,6 +1,7 @@
 """Intensity normalisation of a volume that is on the model's grid, with explicit names."""
 
 import numpy as np
+
 from sparsekit.errors import ArgumentError
 from sparsekit.fed.cohort.grid import Grid
 from sparsekit.fed.cohort.tables import Fault

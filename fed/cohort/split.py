@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
+
 from sparsekit.errors import ArgumentError
 
 
