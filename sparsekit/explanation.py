@@ -7,7 +7,6 @@ from torch import nn
 from sparsekit.kernels import dispatch
 from sparsekit.kernels.dispatch import Record
 from sparsekit.masks import MaskHold, live_holds, module_holds
-from sparsekit.nn import MaskedConv3d
 
 
 @dataclass(frozen=True)
@@ -68,20 +67,16 @@ def explain(model: nn.Module | None = None) -> Explanation:
     (DenseLayer(layer='0', kind='Linear', parameter='weight', density=0.5),)
     """
     if model is None:
-        layers = [_dense_layer(hold, hold.layer) for hold in live_holds() if _is_dense(hold)]
+        layers = [_dense_layer(hold, hold.layer) for hold in live_holds() if hold.dense]
         layers.sort(key=lambda d: (d.layer, d.parameter, d.kind, d.density))
     else:
         layers = [
             _dense_layer(hold, name)
             for name, module in model.named_modules()
             for hold in module_holds(module).values()
-            if _is_dense(hold)
+            if hold.dense
         ]
     return Explanation(dispatch.records(), tuple(layers))
-
-
-def _is_dense(hold: MaskHold) -> bool:
-    return not (hold.kind == MaskedConv3d.__name__ and hold.name == "weight")
 
 
 def _dense_layer(hold: MaskHold, layer: str) -> DenseLayer:

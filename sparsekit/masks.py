@@ -71,12 +71,21 @@ class MaskHold:
     ``load_state_dict(assign=True)`` or ``module.to(...)``.
     """
 
-    def __init__(self, name: str, parameter: Tensor, mask: Tensor, layer: str, kind: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        parameter: Tensor,
+        mask: Tensor,
+        layer: str,
+        kind: str,
+        dense: bool = True,
+    ) -> None:
         self.name = name
         self.parameter = parameter
         self.mask = mask
         self.layer = layer
         self.kind = kind
+        self.dense = dense  # whether the layer computes with the zeros
         _hold(parameter, mask)
         with _lock:
             _holds.add(self)
@@ -95,7 +104,7 @@ class MaskHold:
             _hold(parameter, mask)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return MaskHold, (self.name, self.parameter, self.mask, self.layer, self.kind)
+        return MaskHold, (self.name, self.parameter, self.mask, self.layer, self.kind, self.dense)
 
 
 def live_holds() -> list[MaskHold]:

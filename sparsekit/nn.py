@@ -35,7 +35,8 @@ class MaskedConv3d(nn.Conv3d):
     def _start_masked(self) -> None:
         if "weight" not in _masks.module_holds(self):
             _masks.attach(self, "weight", torch.ones_like(self.weight, dtype=torch.bool))
-        _masks.module_holds(self)["weight"].kind = MaskedConv3d.__name__
+        hold = _masks.module_holds(self)["weight"]
+        hold.kind, hold.dense = type(self).__name__, False
 
     @property
     def mask(self) -> Tensor:
@@ -110,7 +111,7 @@ def sparsify(model: nn.Module, masks: Masks | None = None) -> nn.Module:
     0.25
     """
     if masks is not None:
-        prune.check_masks(model, masks)
+        prune.check_masks(model, masks, adopting=True)
     prune.adopt_torch_masks(model)
     for name, module in model.named_modules():
         if type(module) is nn.Conv3d:

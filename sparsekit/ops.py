@@ -8,8 +8,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsekit.errors import ArgumentError, ArgumentTypeError
+from sparsekit.explanation import Explanation, explain
 from sparsekit.kernels import dispatch
 from sparsekit.types import Size3
+
+__all__ = ["PRECISIONS", "Explanation", "explain", "masked_conv3d", "topk_mask"]
 
 PRECISIONS = ("auto", "ieee", "tf32", "tf32x3", "bf16x3")
 _FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -82,6 +85,10 @@ def masked_conv3d(
     if precision not in PRECISIONS:
         raise ArgumentError(
             f"precision: expected one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}"
+        )
+    if precision != "auto" and x.dtype != torch.float32:
+        raise ArgumentError(
+            f"precision: {precision!r} is for float32, but x is {x.dtype}; use precision='auto'"
         )
     if groups < 1 or weight.shape[0] % groups:
         raise ArgumentError(

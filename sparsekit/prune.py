@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -275,7 +274,7 @@ def paper_masks(tensors: State, sparsity: float) -> dict[str, Tensor]:
         float(t.detach()[largest[name]].abs().min()) for name, t in tensors.items()
         if bool(largest[name].any())
     )  # fmt: skip
-    return {name: t.detach().abs() >= threshold for name, t in tensors.items()}
+    return {name: t.detach().float().abs() >= threshold for name, t in tensors.items()}
 
 
 def majority_vote(masks_of_clients: Sequence[Masks]) -> dict[str, Tensor]:
@@ -307,17 +306,22 @@ def majority_vote(masks_of_clients: Sequence[Masks]) -> dict[str, Tensor]:
     }
 
 
-def check_masks(model: nn.Module, masks: Masks) -> None:
-    """Raise unless each mask is a bool tensor of the shape of a parameter of the model."""
-    parameters: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+def check_masks(model: nn.Module, masks: Masks, *, adopting: bool = False) -> None:
+    """Raise unless each mask is a bool tensor of the shape of a parameter of the model.
+
+    With `adopting`, parameters that `torch.nn.utils.prune` holds under another name count too.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, mask in masks.items():
-        if name not in parameters:
-            # torch.nn.utils.prune keeps the parameter under another name until it is adopted.
-            name_then = f"{name}_orig"
-            if name_then not in parameters:
-                raise ArgumentError(f"masks: the model has no parameter {name!r}")
-            parameters[name] = parameters[name_then]
-        _masks.check_mask(name, mask, parameters[name])
+        parameter = parameters.get(name)
+        if parameter is None and adopting:
+            parameter = parameters.get(f"{name}_orig")
+        if parameter is None:
+            raise ArgumentError(
+                f"masks: the model has no parameter {name!r}; if torch.nn.utils.prune renamed it, "
+                "call sparsekit.prune.adopt_torch_masks first"
+            )
+        _masks.check_mask(name, mask, parameter)
 
 
 def apply_masks(model: nn.Module, masks: Masks) -> None:

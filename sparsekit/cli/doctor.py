@@ -7,6 +7,7 @@ from importlib import metadata
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sparsekit._version import __version__
@@ -16,8 +17,6 @@ _LIBRARIES = ("torch", "numpy", "scipy", "nibabel", "numba", "triton", "zstandar
 _EXTRAS = {
     "report": ("matplotlib",),
     "bench": ("pytest_benchmark",),
-    "flare": ("nvflare",),
-    "flower": ("flwr",),
 }
 
 
@@ -73,7 +72,7 @@ def _extras() -> Table:
     for extra, modules in _EXTRAS.items():
         missing = [name for name in modules if importlib.util.find_spec(name) is None]
         state = f"missing {', '.join(missing)}: pip install 'sparsekit3d[{extra}]'"
-        table.add_row(extra, state if missing else "installed")
+        table.add_row(extra, escape(state) if missing else "installed")
     return table
 
 
