@@ -175,7 +175,8 @@ def digest_elements(state: Mapping[str, Elements]) -> bytes:
         hasher.update(np.array(head, "<u8").tobytes() + raw)
         for start in range(0, elements.bits.size, sections.CHUNK):
             chunk = elements.bits[start : start + sections.CHUNK]
-            hasher.update(sections.canonical(chunk, elements.dtype).tobytes())
+            kept = sections.canonical(chunk, elements.dtype)
+            hasher.update(kept.astype(sections.unsigned(elements.dtype), copy=False).data)
     return hasher.digest()
 
 
