@@ -12,7 +12,7 @@ yardsticks they are allowed what the network is denied.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -33,20 +33,18 @@ _PENALTIES = 10.0 ** np.arange(-4, 3.1, 0.5)  # times the mean eigenvalue of the
 Floats = npt.NDArray[np.float64]
 
 
-class Rows(Protocol):
-    """Some scans of one site: rows `index` of its prepared volumes."""
+class Scans(Protocol):
+    """Some prepared scans of one site."""
 
-    @property
-    def images(self) -> Any:
-        """Volumes by row, each (d, h, w)."""
+    def __len__(self) -> int:
+        """Return the number of scans."""
 
     @property
     def ages(self) -> npt.NDArray[np.float32]:
-        """Years of all rows, (n,)."""
+        """Years, (n,)."""
 
-    @property
-    def index(self) -> npt.NDArray[np.int64]:
-        """The rows that count, (m,)."""
+    def volume(self, index: int) -> npt.NDArray[np.float32]:
+        """Return scan `index`, (d, h, w)."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +67,13 @@ class Yardstick:
 
 
 def yardsticks(
-    train: Sequence[Rows], test: Sequence[Rows], *, voxel_mm: float | None = None
+    train: Sequence[Scans], test: Sequence[Scans], *, voxel_mm: float | None = None
 ) -> dict[str, Yardstick]:
     """Fit the simple predictors to the training scans and measure them on the test scans.
 
     Parameters
     ----------
-    train, test : sequence of Rows
+    train, test : sequence of Scans
         One view per site, prepared alike. All sites are pooled.
     voxel_mm : float, optional
         Voxel size; by default the one at which the grid is about 182 mm wide, as the MNI grids
@@ -104,7 +102,7 @@ def yardsticks(
         )
     fluid, blocks = _features(train, voxel_mm)
     test_fluid, test_blocks = _features(test, voxel_mm)
-    folds = np.concatenate([_fold_numbers(len(view.index)) for view in train])
+    folds = np.concatenate([_fold_numbers(len(view)) for view in train])
     ridge, penalty = _ridge(blocks, y, test_blocks, folds)
     predictions = {
         "mean predictor": (np.full(len(truth), y.mean()), f"{y.mean():.2f} years for everybody"),
@@ -166,18 +164,18 @@ def block_means(volume: npt.NDArray[Any], factor: int) -> npt.NDArray[np.float32
     return np.asarray(blocks.mean(axis=(1, 3, 5)), np.float32)
 
 
-def _ages(views: Sequence[Rows]) -> Floats:
-    return np.concatenate([np.empty(0), *(view.ages[view.index] for view in views)])
+def _ages(views: Sequence[Scans]) -> Floats:
+    return np.concatenate([np.empty(0), *(view.ages for view in views)])
 
 
 def _features(
-    views: Sequence[Rows], voxel_mm: float | None
+    views: Sequence[Scans], voxel_mm: float | None
 ) -> tuple[Floats, npt.NDArray[np.float32]]:
     fluid: list[float] = []
     blocks: list[npt.NDArray[np.float32]] = []
     for view in views:
-        for row in view.index:
-            volume = np.asarray(view.images[row], np.float32)
+        for row in range(len(view)):
+            volume = view.volume(row)
             size = voxel_mm or max(1.0, float(round(_GRID_WIDTH_MM / volume.shape[0])))
             fluid.append(ventricle_volume(volume, size))
             blocks.append(block_means(volume, max(1, round(BLOCK_MM / size))).ravel())
