@@ -12,7 +12,7 @@ yardsticks they are allowed what the network is denied.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
