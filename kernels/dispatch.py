@@ -4,7 +4,6 @@ Nothing here looks at environment variables or catches a failing import: ``auto`
 row of the table, and a backend that was named runs or raises.
 """
 
-import importlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -12,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsekit.errors import ArgumentError, BackendError
+from sparsekit.kernels.masked_conv3d import reference as conv_reference
+from sparsekit.kernels.topk_mask import reference as topk_reference
 
 BACKENDS = ("reference", "cpu", "triton")
 """Every backend that can be named; not each op has each of them."""
@@ -21,18 +22,13 @@ MAX_RECORDS = 256
 
 @dataclass(frozen=True, slots=True)
 class Implementation:
-    """One row of the table: where an implementation lives and what its time follows."""
+    """One row of the table: an implementation and what its time follows."""
 
     backend: str
-    module: str
-    function: str
+    load: Callable[[], Callable[..., Any]]
+    """Returns the function; a backend with heavy imports does them here, at first use."""
     follows_mask: bool
     """True if pruned weights cost no time; False if the op is computed densely."""
-
-    def load(self) -> Callable[..., Any]:
-        """Import the implementation; backends are not imported before they are used."""
-        function: Callable[..., Any] = getattr(importlib.import_module(self.module), self.function)
-        return function
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +53,9 @@ class Record:
 
 
 _CONV_REFERENCE = Implementation(
-    "reference", "sparsekit.kernels.masked_conv3d.reference", "masked_conv3d", follows_mask=False
+    "reference", lambda: conv_reference.masked_conv3d, follows_mask=False
 )
-_TOPK_REFERENCE = Implementation(
-    "reference", "sparsekit.kernels.topk_mask.reference", "topk_mask", follows_mask=False
-)
+_TOPK_REFERENCE = Implementation("reference", lambda: topk_reference.topk_mask, follows_mask=False)
 
 # (op, device type) -> implementations, best first. Devices that are not listed take ANY_DEVICE.
 ANY_DEVICE = "any"

@@ -1,6 +1,6 @@
 """The ops: arguments are checked once here, then an implementation is chosen and run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -117,18 +117,24 @@ def masked_conv3d(
     if voxel_mask is not None:
         voxel_mask = _check_voxel_mask(voxel_mask, batch, out_size)
 
-    # Meta tensors only carry shapes, which every backend gives alike.
-    choice = dispatch.resolve("masked_conv3d", x.device.type, "auto" if x.is_meta else backend)
-    run = choice.implementation.load()
+    run = _choose_conv(x, weight, backend)
     y: Tensor = run(
         batch, weight, mask, bias,
         stride=steps, padding=pad, dilation=spread, groups=groups,
         voxel_mask=voxel_mask, precision=precision,
     )  # fmt: skip
-    if not (torch.compiler.is_compiling() or x.is_meta):
-        detail = f"{tuple(weight.shape)} {str(x.dtype).removeprefix('torch.')}"
-        dispatch.record(choice, x.device.type, detail)
     return y.squeeze(0) if unbatched else y
+
+
+def _choose_conv(x: Tensor, weight: Tensor, backend: str) -> Callable[..., Tensor]:
+    device_type = x.device.type
+    # Meta tensors only carry shapes, which every backend gives alike.
+    choice = dispatch.resolve("masked_conv3d", device_type, "auto" if x.is_meta else backend)
+    if not (x.is_meta or torch.compiler.is_compiling()):
+        detail = f"{tuple(weight.shape)} {str(x.dtype).removeprefix('torch.')}"
+        dispatch.record(choice, device_type, detail)
+    run: Callable[..., Tensor] = choice.implementation.load()
+    return run
 
 
 def _check_tensors(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> None:
