@@ -76,9 +76,7 @@ def initial_state(config: RunConfig, *, in_shape: Size3, mean_age: float) -> Ser
         torch.manual_seed(derive_seed(config.seed, "initial weights"))
         model = build_model(plan)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    return ServerState(
-        round=0, weights=weights, masks=None, mean_age=mean_age, in_shape=in_shape
-    )
+    return ServerState(round=0, weights=weights, masks=None, mean_age=mean_age, in_shape=in_shape)
 
 
 def scheduled_sparsity(config: RunConfig, round_number: int) -> float | None:
@@ -209,9 +207,7 @@ def average(updates: Sequence[Update]) -> dict[str, Tensor]:
     return merged
 
 
-def aggregate(
-    state: ServerState, updates: Mapping[str, Update], config: RunConfig
-) -> ServerState:
+def aggregate(state: ServerState, updates: Mapping[str, Update], config: RunConfig) -> ServerState:
     """Merge one round's updates, sorted by site, and prune where the strategy says so."""
     assert updates, "a round without updates must end before aggregation"
     ordered = [updates[site] for site in sorted(updates)]

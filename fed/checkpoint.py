@@ -84,7 +84,11 @@ def load_newest(run: Path) -> Checkpoint | None:
         payload = (folder / _MODEL).read_bytes()
         weights = decode(payload)
         kept = decode_masks(payload)
-        masks = None if state["masked"] is None else {n: kept[n] for n in weights if n in state["masked"]}
+        masks = (
+            None
+            if state["masked"] is None
+            else {n: kept[n] for n in weights if n in state["masked"]}
+        )
         depth, height, width = state["in_shape"]
         server = ServerState(
             round=state["round"],

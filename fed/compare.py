@@ -42,7 +42,7 @@ def load_result(run: Path) -> dict[str, Any]:
     if not (run / "config.toml").is_file():
         raise UsageError(f"run: {run} is not the folder of a run (it has no config.toml)")
     try:
-        result: dict[str, Any] = json.loads((run / RESULT_FILE).read_text(encoding="utf-8"))
+        result: Any = json.loads((run / RESULT_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(
             f"run: {run} is not finished; continue it with `sparsekit fed resume {run}`"
@@ -54,7 +54,7 @@ def load_result(run: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(result, dict) or result.get("layout") != LAYOUT:
         raise RunError(f"run: {run / RESULT_FILE} has another layout than this release reads")
-    return result
+    return dict(result)
 
 
 def paired_difference(run: Path, reference: Path) -> Difference:
@@ -76,9 +76,7 @@ def paired_difference(run: Path, reference: Path) -> Difference:
             f"compare: {run} and {reference} held out different people, so their errors cannot be "
             "paired; compare runs of one cohort with the same --seed"
         )
-    return bootstrap_mean(
-        np.abs(a["predicted"] - a["age"]) - np.abs(b["predicted"] - b["age"])
-    )
+    return bootstrap_mean(np.abs(a["predicted"] - a["age"]) - np.abs(b["predicted"] - b["age"]))
 
 
 def bootstrap_mean(values: npt.NDArray[np.float64]) -> Difference:
@@ -86,9 +84,8 @@ def bootstrap_mean(values: npt.NDArray[np.float64]) -> Difference:
     random = np.random.default_rng(0)
     n = len(values)
     # In blocks: 10,000 draws of 10,000 people would be 800 MB at once.
-    means = np.concatenate(
-        [values[random.integers(0, n, (100, n))].mean(axis=1) for _ in range(BOOTSTRAP_DRAWS // 100)]
-    )
+    blocks = range(BOOTSTRAP_DRAWS // 100)
+    means = np.concatenate([values[random.integers(0, n, (100, n))].mean(axis=1) for _ in blocks])
     low, high = np.quantile(means, [0.025, 0.975])
     return Difference(mean=float(values.mean()), low=float(low), high=float(high), people=n)
 

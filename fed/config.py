@@ -1,4 +1,4 @@
-"""The settings of one run: defaults, the paper's preset, checks, and the TOML file that stores them."""
+"""The settings of one run: defaults, the paper's preset, checks, and the TOML file for them."""
 
 import dataclasses
 import json

@@ -20,7 +20,7 @@ MAX_CONTROL_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Message:
-    """What was sent: ``control`` (plain JSON values) and ``payload`` (codec bytes, may be empty)."""
+    """What was sent: ``control``, plain JSON values, and ``payload``, codec bytes or nothing."""
 
     control: Mapping[str, Any]
     payload: bytes

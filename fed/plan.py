@@ -97,22 +97,23 @@ def from_control(kind: type[_Record], control: Mapping[str, Any]) -> _Record:
     values: dict[str, Any] = {}
     for name, hint in hints.items():
         value = control[name]
-        text = str(hint)
-        allowed: tuple[type, ...]
-        if "list" in text:
-            allowed = (list,)
-        elif hint is bool:
-            allowed = (bool,)
-        elif hint is int:
-            allowed = (int,)
-        elif hint is str:
-            allowed = (str,)
-        else:
-            allowed = (int, float) if "None" not in text else (int, float, type(None))
-        if not isinstance(value, allowed) or (isinstance(value, bool) and hint is not bool):
-            raise FormatError(f"control: {name} has type {type(value).__name__}, expected {text}")
-        values[name] = float(value) if hint is float else value
+        if not isinstance(value, _JSON_TYPES[hint]) or (
+            isinstance(value, bool) and hint is not bool
+        ):
+            raise FormatError(f"control: {name} has type {type(value).__name__}, expected {hint}")
+        values[name] = value
     return kind(**values)
+
+
+# JSON writes 1.0 as a float and 1 as an integer: both are fine where a float is expected.
+_JSON_TYPES: dict[Any, tuple[type, ...]] = {
+    bool: (bool,),
+    int: (int,),
+    str: (str,),
+    float: (int, float),
+    float | None: (int, float, type(None)),
+    list[int]: (list,),
+}
 
 
 def plan_for(

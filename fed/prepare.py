@@ -1,21 +1,22 @@
 """From a cohort on disk to the sites of a federation: read, check, cache, split."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
 import nibabel
 import numpy as np
+import numpy.typing as npt
 
 from sparsekit.errors import CohortError
-from sparsekit.fed.cohort.cache import SiteData as SiteCache
-from sparsekit.fed.cohort.cache import build_site_cache
+from sparsekit.fed.cohort.cache import SiteData, build_site_cache
 from sparsekit.fed.cohort.read import Problem, Scan, find_scans
 from sparsekit.fed.cohort.split import split_participants
 from sparsekit.fed.config import GRIDS, RunConfig
 from sparsekit.fed.seeds import derive_seed
-from sparsekit.fed.site import SiteData
-from sparsekit.fed.training import SiteView
+from sparsekit.fed.site import SitePeople
+from sparsekit.fed.training import Scans
 
 POOLED_SITE = "pooled"
 Progress = Callable[[int, int], None]
@@ -23,7 +24,7 @@ Progress = Callable[[int, int], None]
 
 def prepare_sites(
     config: RunConfig, cache_root: Path, progress: Progress | None = None
-) -> tuple[list[SiteData], int, list[Problem]]:
+) -> tuple[list[SitePeople], int, list[Problem]]:
     """Read every site's scans into its cache and split its people.
 
     Parameters
@@ -37,7 +38,7 @@ def prepare_sites(
 
     Returns
     -------
-    sites : list of SiteData
+    sites : list of SitePeople
         In the order of their names.
     resolution : int
         Voxel size of the grid in mm.
@@ -63,7 +64,7 @@ def prepare_sites(
         raise CohortError(f"cohort: no usable scan in {source}; see `sparsekit cohort check`")
     resolution = config.resolution or _resolution_of(scans[0])
     skipped = list(problems)
-    sites: list[SiteData] = []
+    sites: list[SitePeople] = []
     done = 0
     for name in sorted({scan.site for scan in scans}):
         own = [scan for scan in scans if scan.site == name]
@@ -88,6 +89,15 @@ def prepare_sites(
     return sites, resolution, skipped
 
 
+def is_synthetic(source: Path) -> bool:
+    """Whether a cohort says of itself, in its dataset_description.json, that it is synthetic."""
+    try:
+        text = (source / "dataset_description.json").read_text(encoding="utf-8")
+        return "synthetic" in str(json.loads(text)["Name"]).lower()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def _resolution_of(scan: Scan) -> int:
     """Choose the grid nearest to a scan's own voxels: 4 mm only for scans as coarse as that."""
     try:
@@ -97,7 +107,7 @@ def _resolution_of(scan: Scan) -> int:
     return 4 if float(min(zooms)) > 3.0 else 2
 
 
-def _split_site(name: str, cache: SiteCache, config: RunConfig) -> SiteData:
+def _split_site(name: str, cache: SiteData, config: RunConfig) -> SitePeople:
     if len(set(cache.participants)) < 2:
         raise CohortError(
             f"cohort: site {name!r} has {len(set(cache.participants))} usable people; at least 2 "
@@ -108,28 +118,89 @@ def _split_site(name: str, cache: SiteCache, config: RunConfig) -> SiteData:
         seed=derive_seed(config.seed, "split", name),
         test_fraction=config.test_fraction,
     )
-    return SiteData(
+    return SitePeople(
         name=name,
-        train=SiteView(cache.images, cache.ages, train.astype(np.int64)),
-        test=SiteView(cache.images, cache.ages, test.astype(np.int64)),
-        test_people=tuple(cache.participants[i] for i in test),
+        train=SiteScans(cache, train),
+        test=SiteScans(cache, test),
         test_sites=(name,) * len(test),
         preprocessing_id=cache.preprocessing_id,
     )
 
 
-def pool_sites(sites: Sequence[SiteData]) -> SiteData:
+class SiteScans:
+    """Some of a site's prepared scans.
+
+    Parameters
+    ----------
+    cache : SiteData
+        All scans of the site.
+    rows : ndarray, (n,), int64
+        The ones that belong here.
+    """
+
+    def __init__(self, cache: SiteData, rows: npt.NDArray[np.int64]) -> None:
+        self._images = cache.images
+        self._rows = rows
+        self._ages = cache.ages[rows]
+        self._participants = tuple(cache.participants[row] for row in rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def ages(self) -> npt.NDArray[np.float32]:
+        """Years, (n,)."""
+        return self._ages
+
+    @property
+    def participants(self) -> tuple[str, ...]:
+        """The person of each scan."""
+        return self._participants
+
+    def volume(self, index: int) -> npt.NDArray[np.float32]:
+        """Return scan ``index``, (d, h, w)."""
+        return np.asarray(self._images[self._rows[index]], dtype=np.float32)
+
+
+class PooledScans:
+    """Several sites' scans in a row, as one.
+
+    Parameters
+    ----------
+    parts : sequence of Scans
+        In order; none is copied.
+    """
+
+    def __init__(self, parts: Sequence[Scans]) -> None:
+        self._place = [(part, row) for part in parts for row in range(len(part))]
+        self._ages = np.concatenate([part.ages for part in parts])
+        self._participants = tuple(person for part in parts for person in part.participants)
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    @property
+    def ages(self) -> npt.NDArray[np.float32]:
+        """Years, (n,)."""
+        return self._ages
+
+    @property
+    def participants(self) -> tuple[str, ...]:
+        """The person of each scan."""
+        return self._participants
+
+    def volume(self, index: int) -> npt.NDArray[np.float32]:
+        """Return scan ``index``, (d, h, w)."""
+        part, row = self._place[index]
+        return part.volume(row)
+
+
+def pool_sites(sites: Sequence[SitePeople]) -> SitePeople:
     """Return all sites' scans as one site; training and held-out people stay who they are."""
-    images = [volume for site in sites for volume in site.train.images]  # type: ignore[attr-defined]
-    ages = np.concatenate([site.train.ages for site in sites])
-    offsets = np.cumsum([0] + [len(site.train.ages) for site in sites[:-1]])
-    train = np.concatenate([s.train.index + o for s, o in zip(sites, offsets, strict=True)])
-    test = np.concatenate([s.test.index + o for s, o in zip(sites, offsets, strict=True)])
-    return SiteData(
+    return SitePeople(
         name=POOLED_SITE,
-        train=SiteView(images, ages, train),
-        test=SiteView(images, ages, test),
-        test_people=tuple(person for site in sites for person in site.test_people),
+        train=PooledScans([site.train for site in sites]),
+        test=PooledScans([site.test for site in sites]),
         test_sites=tuple(name for site in sites for name in site.test_sites),
         preprocessing_id=sites[0].preprocessing_id,
     )

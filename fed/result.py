@@ -1,6 +1,7 @@
-"""What a finished run says in numbers: accuracy with its yardsticks, bytes, FLOPs, time, machine."""
+"""What a finished run says in numbers: accuracy and yardsticks, bytes, FLOPs, time, machine."""
 
 import csv
+import io
 import os
 import platform
 from collections.abc import Sequence
@@ -18,7 +19,9 @@ from sparsekit.fed.checkpoint import Checkpoint
 from sparsekit.fed.cohort.yardsticks import yardsticks
 from sparsekit.fed.config import RunConfig
 from sparsekit.fed.ledger import Ledger
-from sparsekit.fed.site import SiteData
+from sparsekit.fed.prepare import is_synthetic
+from sparsekit.fed.site import SitePeople
+from sparsekit.fed.storage import write_atomically
 
 LAYOUT = 1
 LEVELS = ("dense_equivalent", "payload", "control", "framing", "transport")
@@ -27,7 +30,7 @@ PREDICTIONS_FILE = "predictions.csv"
 
 
 def summarize(
-    config: RunConfig, run: Path, final: Checkpoint, sites: Sequence[SiteData], *, skipped: int
+    config: RunConfig, run: Path, final: Checkpoint, sites: Sequence[SitePeople], *, skipped: int
 ) -> dict[str, Any]:
     """Collect a finished run's result.
 
@@ -39,7 +42,7 @@ def summarize(
         Its folder, with the ledger and the sites' predictions.
     final : Checkpoint
         Its last state and history.
-    sites : sequence of SiteData
+    sites : sequence of SitePeople
         All sites, not pooled.
     skipped : int
         Scans left out because something was wrong with them.
@@ -50,7 +53,7 @@ def summarize(
     _store_yardsticks(run, measured, sites)
     server = final.server
     last = final.history[-1]
-    ages = np.concatenate([site.train.ages[site.train.index] for site in sites] + [people["age"]])
+    ages = np.concatenate([site.train.ages for site in sites] + [people["age"]])
     return {
         "layout": LAYOUT,
         "config": {k: v for k, v in asdict(config).items() if v is not None},
@@ -73,6 +76,7 @@ def summarize(
             "train_n": sum(len(site.train) for site in sites),
             "test_n": len(error),
             "skipped": skipped,
+            "synthetic": is_synthetic(Path(config.cohort)),
             "age_min": float(ages.min()),
             "age_max": float(ages.max()),
             "preprocessing": sites[0].preprocessing_id,
@@ -130,16 +134,17 @@ def read_predictions(run: Path) -> dict[str, npt.NDArray[Any]]:
     }
 
 
-def _store_yardsticks(run: Path, measured: Any, sites: Sequence[SiteData]) -> None:
+def _store_yardsticks(run: Path, measured: Any, sites: Sequence[SitePeople]) -> None:
     """Write each held-out person's error under every yardstick, for paired comparisons."""
-    people = [p for site in sites for p in site.test_people]
+    people = [p for site in sites for p in site.test.participants]
     names = [n for site in sites for n in site.test_sites]
-    with (run / YARDSTICKS_FILE).open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["participant", "site", *measured])
-        columns = [one.errors for one in measured.values()]
-        for row in zip(people, names, *columns, strict=True):
-            writer.writerow([row[0], row[1], *(f"{value:.6f}" for value in row[2:])])
+    stream = io.StringIO()
+    writer = csv.writer(stream)
+    writer.writerow(["participant", "site", *measured])
+    columns = [one.errors for one in measured.values()]
+    for person, site, *errors in zip(people, names, *columns, strict=True):
+        writer.writerow([person, site, *(f"{value:.6f}" for value in errors)])
+    write_atomically(run / YARDSTICKS_FILE, stream.getvalue().encode())
 
 
 def _correlation(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float | None:

@@ -21,7 +21,7 @@ from sparsekit.fed.plan import Hello, from_control
 from sparsekit.fed.prepare import pool_sites, prepare_sites
 from sparsekit.fed.result import summarize
 from sparsekit.fed.rounds import QuorumError, evaluation, layer_sparsity, play_round, sum_bytes
-from sparsekit.fed.site import Site, SiteData
+from sparsekit.fed.site import Site
 from sparsekit.fed.storage import write_atomically, write_json
 
 CONFIG_FILE = "config.toml"
@@ -129,6 +129,11 @@ def resume_run(
     return _play(config, run, cache or run.parent / "cache", watcher or Silent())
 
 
+def site_folder(run: Path, site: str) -> Path:
+    """Return where a site keeps its own results; any name makes a valid folder."""
+    return run / "sites" / quote(site, safe="")
+
+
 @contextmanager
 def _exclusive(run: Path) -> Iterator[None]:
     """Hold the run's lock, so that no second process writes into the same folder."""
@@ -148,17 +153,14 @@ def _play(config: RunConfig, run: Path, cache: Path, watcher: Watcher) -> dict[s
             sites, resolution, skipped = prepare_sites(config, cache, watcher.preparing)
             for problem in skipped:
                 watcher.notice(f"skipped {problem.path}: {problem.detail}")
-            if config.strategy == "centralized":
-                played = [pool_sites(sites)]
-            else:
-                played = sites
+            pooled = config.strategy == "centralized"
             engine = InProcessEngine(
                 [
-                    Site(data, folder=run / "sites" / quote(data.name, safe=""), device=config.device)
-                    for data in played
+                    Site(people, folder=site_folder(run, people.name), device=config.device)
+                    for people in ([pool_sites(sites)] if pooled else sites)
                 ],
                 threads=config.threads,
-                travels=config.strategy != "centralized",
+                travels=not pooled,
             )
             try:
                 final = _loop(config, run, engine, resolution, watcher)
@@ -269,9 +271,7 @@ def _first_checkpoint(
     return Checkpoint(server, history, ledger.size_bytes, 0.0)
 
 
-def _entry(
-    server: ServerState, number: int, rows: list[Any], seconds: float
-) -> dict[str, Any]:
+def _entry(server: ServerState, number: int, rows: list[Any], seconds: float) -> dict[str, Any]:
     """Return the history's line for the model after round ``number``."""
     pruned = sum(int((~mask).sum()) for mask in (server.masks or {}).values())
     prunable = sum(t.numel() for n, t in server.weights.items() if is_prunable(n, t))

@@ -1,8 +1,8 @@
 """A site: answers each message from its own scans, and keeps nothing from round to round."""
 
 import csv
+import io
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,36 +12,35 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sparsekit import flops, nn, prune
+from sparsekit import flops, nn
 from sparsekit.codec import decode, decode_masks, encode
 from sparsekit.fed import messages
 from sparsekit.fed.algorithm import local_masks, maskable_names
 from sparsekit.fed.plan import TASK_TRAIN, Hello, Report, TrainPlan, build_model, from_control
 from sparsekit.fed.plan import to_control as as_control
-from sparsekit.fed.training import SiteView, predict, train_locally
+from sparsekit.fed.storage import write_atomically
+from sparsekit.fed.training import Scans, predict, train_locally
 
 
 @dataclass(frozen=True)
-class SiteData:
+class SitePeople:
     """A site's scans, split into training and held-out people.
 
     Attributes
     ----------
     name : str
         The site's name, unique in the federation.
-    train, test : SiteView
-        Views of the same cache.
-    test_people, test_sites : tuple of str
-        Participant and site of each held-out scan, in the order of ``test``. The site differs
-        from ``name`` only where all sites' scans are pooled.
+    train, test : Scans
+        No person is in both.
+    test_sites : tuple of str
+        Site of each held-out scan; it differs from ``name`` only where all sites are pooled.
     preprocessing_id : str
-        Names the grid and normalisation of the cache; all sites must agree.
+        Names the grid and normalisation of the scans; all sites must agree.
     """
 
     name: str
-    train: SiteView
-    test: SiteView
-    test_people: tuple[str, ...]
+    train: Scans
+    test: Scans
     test_sites: tuple[str, ...]
     preprocessing_id: str
 
@@ -51,7 +50,7 @@ class Site:
 
     Parameters
     ----------
-    data : SiteData
+    data : SitePeople
         Its scans.
     folder : Path
         Where the site keeps its own results; the held-out people's predictions never leave it.
@@ -59,7 +58,7 @@ class Site:
         ``"cpu"`` or ``"cuda"``.
     """
 
-    def __init__(self, data: SiteData, *, folder: Path, device: str = "cpu") -> None:
+    def __init__(self, data: SitePeople, *, folder: Path, device: str = "cpu") -> None:
         self.data = data
         self.folder = folder
         self.device = torch.device(device)
@@ -70,7 +69,7 @@ class Site:
             site=self.data.name,
             n_train=len(self.data.train),
             n_test=len(self.data.test),
-            age_sum=float(self.data.train.ages[self.data.train.index].astype(np.float64).sum()),
+            age_sum=float(self.data.train.ages.astype(np.float64).sum()),
             preprocessing_id=self.data.preprocessing_id,
         )
         return messages.pack(as_control(hello))
@@ -99,7 +98,7 @@ class Site:
         trained.to(self.device)
 
         predicted = predict(trained, self.data.test, device=self.device, cancelled=cancelled)
-        truth = self.data.test.ages[self.data.test.index].astype(np.float64)
+        truth = self.data.test.ages.astype(np.float64)
         self._store_predictions(plan.round - 1, predicted, truth)
         report = {
             "round": plan.round,
@@ -144,7 +143,10 @@ class Site:
         updated = {name: p.detach().cpu() for name, p in model.named_parameters()}
         if plan.local_sparsity is not None:
             masks = local_masks(updated, plan, masks)
-            prune.zero_outside(updated, masks)
+            updated = {
+                name: torch.where(masks[name], value, 0.0) if name in masks else value
+                for name, value in updated.items()
+            }
         # The received model is a base that both ends hold: an unchanged mask costs no bytes.
         base = received if masks is not None else None
         return encode(updated, masks=masks, base=base, round=plan.round)
@@ -156,18 +158,16 @@ class Site:
         truth: npt.NDArray[np.float64],
     ) -> None:
         """Write the held-out people's predictions of the model after ``model_round`` rounds."""
+        stream = io.StringIO()
+        writer = csv.writer(stream)
+        writer.writerow(["participant", "site", "age", "predicted", "round"])
+        people = zip(
+            self.data.test.participants, self.data.test_sites, truth, predicted, strict=True
+        )
+        for person, site, age, guess in people:
+            writer.writerow([person, site, f"{age:.4f}", f"{guess:.6f}", model_round])
         self.folder.mkdir(parents=True, exist_ok=True)
-        final = self.folder / "predictions.csv"
-        temporary = self.folder / ".predictions.csv.tmp"
-        with temporary.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(["participant", "site", "age", "predicted", "round"])
-            people = zip(
-                self.data.test_people, self.data.test_sites, truth, predicted, strict=True
-            )
-            for person, site, age, guess in people:
-                writer.writerow([person, site, f"{age:.4f}", f"{guess:.6f}", model_round])
-        os.replace(temporary, final)
+        write_atomically(self.folder / "predictions.csv", stream.getvalue().encode())
 
 
 def _finite(value: float | None) -> float | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,46 +18,39 @@ if TYPE_CHECKING:
 EVALUATION_BATCH = 8
 
 
-class Cancelled(Exception):  # noqa: N818 - a request, not an error
+class Cancelled(Exception):
     """Raised inside local work when the run is being stopped."""
 
 
-class Volumes(Protocol):
-    """Volumes by number: an array (n, d, h, w), or a list of arrays (d, h, w)."""
+class Scans(Protocol):
+    """Prepared scans of people; `sparsekit.fed.prepare` makes them."""
 
-    def __getitem__(self, row: Any, /) -> Any:
-        """Return volume ``row``."""
+    def __len__(self) -> int:
+        """Return the number of scans."""
+        ...
+
+    @property
+    def ages(self) -> npt.NDArray[np.float32]:
+        """Years, (n,)."""
+        ...
+
+    @property
+    def participants(self) -> tuple[str, ...]:
+        """The person of each scan."""
+        ...
+
+    def volume(self, index: int) -> npt.NDArray[np.float32]:
+        """Return scan ``index``, (d, h, w)."""
         ...
 
 
-@dataclass(frozen=True)
-class SiteView:
-    """Some of a site's scans: rows ``index`` of its cache.
-
-    Attributes
-    ----------
-    images : Volumes, n of (d, h, w), float16 or float32
-        Normalised; usually memory-mapped.
-    ages : ndarray, (n,), float32
-        In years.
-    index : ndarray, (m,), int64
-        The rows that belong to this view.
-    """
-
-    images: Volumes
-    ages: npt.NDArray[np.float32]
-    index: npt.NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def batch(self, positions: npt.NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return volumes (m, 1, d, h, w) and ages (m,), both float32, for positions in the view."""
-        rows = self.index[positions]
-        volumes = np.stack([np.asarray(self.images[row], dtype=np.float32) for row in rows])
-        x = torch.from_numpy(volumes).unsqueeze(1).to(device)
-        y = torch.from_numpy(np.asarray(self.ages[rows], dtype=np.float32)).to(device)
-        return x, y
+def load_batch(
+    scans: Scans, indices: npt.NDArray[np.int64], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return volumes (m, 1, d, h, w) and ages (m,), both float32."""
+    volumes = np.stack([scans.volume(int(index)) for index in indices])
+    x = torch.from_numpy(volumes).unsqueeze(1).to(device)
+    return x, torch.from_numpy(scans.ages[indices]).to(device)
 
 
 @dataclass(frozen=True)
@@ -84,7 +77,7 @@ def make_optimizer(model: torch.nn.Module, plan: TrainPlan) -> "Optimizer":
 
 def train_locally(
     model: torch.nn.Module,
-    data: SiteView,
+    data: Scans,
     plan: TrainPlan,
     *,
     site: str,
@@ -113,7 +106,7 @@ def train_locally(
             if cancelled():
                 raise Cancelled
             positions = order[start : start + plan.batch]
-            x, y = data.batch(positions, device)
+            x, y = load_batch(data, positions, device)
             flip = torch.from_numpy(mirrored[start : start + plan.batch]).to(device)
             if plan.flips:
                 # Axis 2 is left-right: the caches are in RAS order.
@@ -131,7 +124,7 @@ def train_locally(
 
 def predict(
     model: torch.nn.Module,
-    data: SiteView,
+    data: Scans,
     *,
     device: torch.device,
     cancelled: Callable[[], bool] = lambda: False,
@@ -144,6 +137,6 @@ def predict(
             if cancelled():
                 raise Cancelled
             positions = np.arange(start, min(start + EVALUATION_BATCH, len(data)))
-            x, _ = data.batch(positions, device)
+            x, _ = load_batch(data, positions, device)
             parts.append(model(x).double().cpu().numpy())
     return np.concatenate(parts) if parts else np.zeros(0)

@@ -1,3 +1,41 @@
-from sparsekit._version import __version__
+"""Pruned 3D networks that pay off for real: kernels, pruning, a codec, and a federation layer.
 
-__all__ = ["__version__"]
+The names below are the public API. The command line is ``sparsekit``; the federation layer is
+``sparsekit.fed``. sparsekit is a research tool, not a medical device.
+"""
+
+import sys as _sys
+
+if not _sys.platform.startswith("linux"):
+    raise ImportError(
+        f"sparsekit runs on Linux only, this is {_sys.platform}; use a Linux machine, a container "
+        "or the Windows Subsystem for Linux"
+    )
+
+from sparsekit import flops, models, nn, prune, schedule
+from sparsekit._version import __version__
+from sparsekit.codec import PayloadInfo, base_digest, decode, decode_masks, encode, inspect
+from sparsekit.explanation import explain
+from sparsekit.nn import MaskedConv3d, densify, sparsify
+from sparsekit.ops import masked_conv3d, topk_mask
+
+__all__ = [
+    "MaskedConv3d",
+    "PayloadInfo",
+    "__version__",
+    "base_digest",
+    "decode",
+    "decode_masks",
+    "densify",
+    "encode",
+    "explain",
+    "flops",
+    "inspect",
+    "masked_conv3d",
+    "models",
+    "nn",
+    "prune",
+    "schedule",
+    "sparsify",
+    "topk_mask",
+]

@@ -82,5 +82,3 @@ class InProcessEngine:
         self._stop.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(self._torch_threads_before)
-
-

@@ -1,0 +1,206 @@
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from sparsekit.codec import encode
+from sparsekit.fed import messages
+from sparsekit.fed.algorithm import ServerState, aggregate, initial_state, plan_round, read_update
+from sparsekit.fed.config import RunConfig
+from sparsekit.fed.engines.base import Answered, Failure, Reply
+from sparsekit.fed.plan import Hello, Report, TrainPlan, from_control, to_control
+from sparsekit.fed.rounds import QuorumError, play_round
+
+CONFIG = RunConfig(cohort="unused", rounds=4, width=0.05, sparsity=0.5, quorum=0.5)
+SHAPE = (12, 12, 12)
+
+
+def report(site: str, round_number: int, **changes: Any) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "round": round_number,
+        "site": site,
+        "n_train": 10,
+        "samples": 10,
+        "steps": 5,
+        "train_loss": 1.0,
+        "test_n": 2,
+        "test_abs_error_sum": 3.0,
+        "flops_counted": 7,
+        "flops_executed": 9,
+    }
+    return fields | changes
+
+
+class Scripted:
+    """An engine whose sites answer what the test says."""
+
+    travels = True
+
+    def __init__(self, replies: Mapping[str, bytes | Failure]) -> None:
+        self.replies = replies
+
+    def hello(self) -> dict[str, bytes]:
+        return {}
+
+    def exchange(
+        self, requests: Mapping[str, bytes], answered: Answered
+    ) -> dict[str, Reply | Failure]:
+        del answered
+        return {
+            site: one if isinstance(one, Failure) else Reply(one, 0.5)
+            for site, one in ((site, self.replies[site]) for site in requests)
+        }
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def state() -> ServerState:
+    return initial_state(CONFIG, in_shape=SHAPE, mean_age=60.0)
+
+
+def hellos(*sites: str) -> dict[str, Hello]:
+    return {
+        site: Hello(site=site, n_train=10 * i, n_test=2, age_sum=0.0, preprocessing_id="x")
+        for i, site in enumerate(sites, start=1)
+    }
+
+
+def good(state: ServerState, site: str, shift: float) -> bytes:
+    weights = {name: tensor + shift for name, tensor in state.weights.items()}
+    return messages.pack(report(site, state.round + 1), encode(weights, round=1))
+
+
+def test_average_is_weighted_by_scans(state: ServerState) -> None:
+    engine = Scripted({"a": good(state, "a", 0.0), "b": good(state, "b", 3.0)})
+    outcome = play_round(state, CONFIG, engine, hellos("a", "b"), lambda _: None)
+    assert outcome.state.round == 1
+    for name, before in state.weights.items():
+        expected = before.double() / 3 + (before + 3.0).double() * 2 / 3
+        torch.testing.assert_close(
+            outcome.state.weights[name].double(), expected, rtol=1e-6, atol=1e-6
+        )
+
+
+def damaged(state: ServerState) -> dict[str, tuple[bytes | Failure, str]]:
+    fine = good(state, "b", 1.0)
+    nan = {name: t.clone() for name, t in state.weights.items()}
+    next(iter(nan.values())).view(-1)[3] = float("nan")
+    wrong = dict(state.weights) | {"out.bias": torch.zeros(2)}
+    other_base = {name: torch.where(t > 0, t, 0.0) for name, t in state.weights.items()}
+    masks = {name: t != 0 for name, t in other_base.items() if t.ndim == 5}
+    flipped = bytearray(fine)
+    flipped[-1] ^= 64
+    return {
+        "flipped byte": (bytes(flipped), "corrupt"),
+        "cut short": (fine[:-5], "corrupt"),
+        "no message": (b"hello", "corrupt"),
+        "not JSON": (messages._HEADER.pack(b"SPKM", 2, 0) + b"{]", "corrupt"),
+        "missing fields": (messages.pack({"round": 1}), "corrupt"),
+        "no payload": (messages.pack(report("b", 1)), "corrupt"),
+        "other shape": (messages.pack(report("b", 1), encode(wrong)), "shape"),
+        "NaN": (messages.pack(report("b", 1), encode(nan)), "nan"),
+        "other round": (messages.pack(report("b", 2), encode(state.weights)), "wrong-round"),
+        "other site": (messages.pack(report("a", 1), encode(state.weights)), "wrong-round"),
+        "other base": (
+            messages.pack(report("b", 1), encode(other_base, masks=masks, base=other_base)),
+            "stale-base",
+        ),
+        "dead": (Failure("dead", "connection closed"), "dead"),
+    }
+
+
+@pytest.mark.parametrize("kind", list(damaged(initial_state(CONFIG, in_shape=SHAPE, mean_age=1))))
+def test_a_bad_reply_costs_its_site_the_round_only(state: ServerState, kind: str) -> None:
+    reply, outcome_name = damaged(state)[kind]
+    engine = Scripted({"a": good(state, "a", 0.25), "b": reply})
+    outcome = play_round(state, CONFIG, engine, hellos("a", "b"), lambda _: None)
+    assert outcome.failures["b"].outcome == outcome_name
+    assert outcome.failures["b"].detail
+    up = {row.client: row for row in outcome.rows if row.direction == "up"}
+    assert up["b"].outcome == outcome_name
+    assert up["b"].flops_counted == 0
+    assert up["a"].outcome == "ok"
+    for name, before in state.weights.items():
+        assert torch.equal(outcome.state.weights[name], before + 0.25)
+
+
+def test_weights_outside_the_masks_are_refused(state: ServerState) -> None:
+    masks = {
+        n: torch.ones_like(t, dtype=torch.bool) for n, t in state.weights.items() if t.ndim == 5
+    }
+    first = next(iter(masks))
+    masks[first].view(-1)[0] = False
+    pruned = dict(state.weights) | {first: torch.where(masks[first], state.weights[first], 0.0)}
+    masked = dataclasses.replace(state, masks=masks, weights=pruned)
+    engine = Scripted(
+        {
+            "a": good(masked, "a", 0.5),
+            "b": messages.pack(report("b", 1), encode(pruned, masks=masks, base=pruned)),
+        }
+    )
+    outcome = play_round(masked, CONFIG, engine, hellos("a", "b"), lambda _: None)
+    assert outcome.failures["a"].outcome == "shape"
+    assert set(outcome.answers) == {"b"}
+
+
+def test_too_few_replies_end_the_round_with_its_account(state: ServerState) -> None:
+    bad = Failure("dead", "connection closed")
+    engine = Scripted({"a": good(state, "a", 0.0), "b": bad, "c": bad})
+    with pytest.raises(QuorumError, match=r"1 of 3 sites.*quorum is 2.*b: dead") as caught:
+        play_round(state, CONFIG, engine, hellos("a", "b", "c"), lambda _: None)
+    assert len(caught.value.rows) == 6
+
+
+def test_global_pruning_starts_after_the_start_round(state: ServerState) -> None:
+    plan, _ = plan_round(state, CONFIG)
+    update = read_update(encode(state.weights), plan=plan, sent=state, n_train=5)
+    first = aggregate(state, {"a": update}, CONFIG)
+    assert first.masks is None
+    second = aggregate(first, {"a": update}, CONFIG)
+    assert second.masks is not None
+    # s_2 = 0.5 - 0.5 * (1 - 1/3)**3
+    total = sum(mask.numel() for mask in second.masks.values())
+    kept = sum(int(mask.sum()) for mask in second.masks.values())
+    assert kept == total - int((0.5 - 0.5 * (2 / 3) ** 3) * total)
+
+
+def test_local_votes_decide(state: ServerState) -> None:
+    config = dataclasses.replace(CONFIG, strategy="fedsparsify-local")
+    state = dataclasses.replace(state, round=1)
+    plan, _ = plan_round(state, config)
+    assert plan.local_sparsity is not None
+    names = [name for name, t in state.weights.items() if t.ndim == 5]
+    random = np.random.default_rng(1)
+    updates = {}
+    kept: dict[str, list[npt.NDArray[np.bool_]]] = {name: [] for name in names}
+    for site in "abcd":
+        weights = dict(state.weights)
+        masks = {}
+        for name in names:
+            mask = random.random(tuple(weights[name].shape)) < 0.4
+            kept[name].append(mask)
+            masks[name] = torch.from_numpy(mask)
+            weights[name] = torch.where(masks[name], weights[name] + 1.0, 0.0)
+        payload = encode(weights, masks=masks, base=state.weights)
+        updates[site] = read_update(payload, plan=plan, sent=state, n_train=10)
+    merged = aggregate(state, updates, config)
+    assert merged.masks is not None
+    for name in names:
+        votes = np.sum(kept[name], axis=0)
+        assert np.array_equal(merged.masks[name].numpy(), votes >= 2)
+        expected = np.where(votes >= 2, votes / 4 * (state.weights[name].numpy() + 1.0), 0.0)
+        np.testing.assert_allclose(merged.weights[name].numpy(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_records_survive_json() -> None:
+    plan = plan_round(initial_state(CONFIG, in_shape=SHAPE, mean_age=61.5), CONFIG)[0]
+    again = from_control(TrainPlan, messages.unpack(messages.pack(to_control(plan))).control)
+    assert again == plan
+    one = from_control(Report, report("a", 1))
+    assert from_control(Report, to_control(one)) == one
