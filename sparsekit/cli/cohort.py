@@ -7,10 +7,12 @@ from typing import Annotated
 import typer
 
 from sparsekit.cli.check_table import print_check, reading_bar
+from sparsekit.cli.cohort_make import make
 from sparsekit.errors import UsageError
 from sparsekit.fed.cohort.check import check_cohort
 
 app = typer.Typer(no_args_is_help=True, help="Make and check cohorts of NIfTI files.")
+app.command("make")(make)
 
 
 @app.command("check")
