@@ -1,0 +1,73 @@
+"""Fixtures of the kernel tests: poisoned memory, and comparison by the table of tolerances."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor
+
+Compare = Callable[[str, str, Tensor, npt.NDArray[np.float64]], None]
+
+
+def _load_tolerances() -> dict[tuple[str, torch.dtype, str], float]:
+    path = Path(__file__).parents[1] / "tolerances.py"
+    spec = importlib.util.spec_from_file_location("tolerances", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    table: dict[tuple[str, torch.dtype, str], float] = module.TOLERANCES
+    return table
+
+
+@pytest.fixture(scope="session")
+def compare() -> Compare:
+    """Assert that a result is within the tolerance of its op, dtype and direction."""
+    table = _load_tolerances()
+
+    def check(op: str, direction: str, result: Tensor, exact: npt.NDArray[np.float64]) -> None:
+        got = result.detach().double().numpy()
+        assert got.shape == exact.shape
+        assert np.isfinite(got).all()
+        if exact.size == 0:
+            return
+        limit = table[op, result.dtype, direction] * max(float(np.abs(exact).max()), 1e-30)
+        worst = float(np.abs(got - exact).max())
+        assert worst <= limit, f"{op} {direction}: error {worst:.3g} above {limit:.3g}"
+
+    return check
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill uninitialised memory with NaN or large numbers, so that unwritten output is seen."""
+
+    def poison(make: Callable[..., Any]) -> Callable[..., Any]:
+        def made(*args: Any, **kwargs: Any) -> Any:
+            out = make(*args, **kwargs)
+            if isinstance(out, Tensor):
+                if out.is_floating_point():
+                    out.detach().fill_(float("nan"))
+                elif out.dtype != torch.bool:
+                    out.fill_(torch.iinfo(out.dtype).max)
+            elif out.dtype.kind == "f":
+                out.fill(np.nan)
+            elif out.dtype.kind in "iu":
+                out.fill(np.iinfo(out.dtype).max)
+            return out
+
+        return made
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch.Tensor, "new_empty"),
+        (np, "empty"),
+        (np, "empty_like"),
+    ):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))

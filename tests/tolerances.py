@@ -1,0 +1,22 @@
+"""Largest error allowed per (op, dtype, direction), relative to the largest reference value.
+
+Errors are ``max |result - exact| / max |exact|`` with the exact result in float64. Masks and bytes
+have no tolerance: they are compared for equality. The worst value seen over the cases of
+test_masked_conv3d.py with the reference backend (x86-64 with AVX-512, torch 2.13, 1 and 2 threads)
+stands beside each row; the limit is about 4 times that, since the order of sums differs between
+machines.
+"""
+
+import torch
+
+TOLERANCES: dict[tuple[str, torch.dtype, str], float] = {
+    ("masked_conv3d", torch.float64, "forward"): 4e-15,  # 8.9e-16
+    ("masked_conv3d", torch.float64, "input"): 3e-15,  # 6.3e-16
+    ("masked_conv3d", torch.float64, "weight"): 2e-14,  # 4.5e-15
+    ("masked_conv3d", torch.float64, "bias"): 6e-15,  # 1.5e-15
+    ("masked_conv3d", torch.float32, "forward"): 2.5e-6,  # 6.3e-7
+    ("masked_conv3d", torch.float32, "input"): 2e-6,  # 5.0e-7
+    ("masked_conv3d", torch.float32, "weight"): 2e-6,  # 4.9e-7
+    # torch adds the output gradient up voxel by voxel: 2,002 terms here.
+    ("masked_conv3d", torch.float32, "bias"): 1.1e-5,  # 2.8e-6
+}
