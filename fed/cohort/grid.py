@@ -217,13 +217,15 @@ def _is_oblique(shape: Sequence[int], affine: np.ndarray) -> bool:
 
 
 def _lost(data: np.ndarray, affine: np.ndarray, grid: Grid) -> float:
-    """Return the share of the absolute intensity that lies outside `grid`."""
+    """Return the share of the intensity above (or below) the background that `grid` misses."""
     step = max(1, round((data.size / _MAX_POINTS) ** (1 / 3)))
-    sample = np.abs(data[::step, ::step, ::step])
-    indices = np.argwhere(sample > 0) * step
+    sample = data[::step, ::step, ::step].astype(np.float64)
+    faces = [np.take(sample, side, axis).ravel() for axis in range(3) for side in (0, -1)]
+    weights = np.abs(sample - np.median(np.concatenate(faces)))
+    indices = np.argwhere(weights > 0) * step
     if not len(indices):
         return 0.0
-    weights = sample[sample > 0].astype(np.float64)
+    weights = weights[weights > 0]
     to_grid = np.linalg.solve(grid.affine, affine)
     points = indices @ to_grid[:3, :3].T + to_grid[:3, 3]
     half = 0.5 + 1e-3  # the outermost voxels reach half a voxel beyond their centres
