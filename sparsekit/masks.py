@@ -179,8 +179,8 @@ def attach(module: nn.Module, name: str, mask: Tensor, layer: str = "") -> None:
         buffer.copy_(mask)
         module.register_buffer(name + MASK_SUFFIX, buffer)
         if not holds:
-            module.register_load_state_dict_pre_hook(_before_load)  # type: ignore[no-untyped-call]
-            module.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
+            module.register_load_state_dict_pre_hook(_before_load)
+            module.register_load_state_dict_post_hook(_after_load)
         hold = MaskHold(name, parameter, buffer, layer, type(module).__name__)
         module.register_forward_pre_hook(hold)
     else:

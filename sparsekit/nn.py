@@ -73,7 +73,7 @@ class MaskedConv3d(nn.Conv3d):
 
     def extra_repr(self) -> str:
         """Conv3d's text and the density."""
-        text = super().extra_repr()  # type: ignore[no-untyped-call]
+        text = super().extra_repr()
         return f"{text}, density={self.density:.4f}"
 
 

@@ -389,7 +389,7 @@ def adopt_torch_masks(model: nn.Module) -> dict[str, Tensor]:
             mask = module._buffers[name + _masks.MASK_SUFFIX]
             assert mask is not None
             mask = mask.bool().clone()
-            torch_prune.remove(module, name)  # type: ignore[no-untyped-call]
+            torch_prune.remove(module, name)
             _masks.attach(module, name, mask, prefix)
             adopted[f"{prefix}.{name}" if prefix else name] = mask
     return adopted
