@@ -120,14 +120,19 @@ def load_state(path: Path) -> dict[str, Tensor]:
 def _load_npz(path: Path) -> dict[str, Tensor]:
     state = {}
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file:
+            arrays = np.load(file, allow_pickle=False)
+            if isinstance(arrays, np.ndarray):
+                raise ValueError("it holds a single array")
             for name in arrays.files:
                 array = arrays[name]
                 native = array.astype(array.dtype.newbyteorder("="), copy=False)
                 state[name] = torch.from_numpy(native)
-    except (ValueError, TypeError, KeyError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split())
-        raise ArgumentError(f"{path}: it is no .npz file of numeric arrays ({reason})") from error
+    except OSError:
+        raise
+    except Exception as error:
+        # Damaged archives raise whatever zipfile, zlib or the array reader met first.
+        raise ArgumentError(f"{path}: it is no .npz file of numeric arrays ({error})") from error
     return state
 
 

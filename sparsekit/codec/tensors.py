@@ -266,12 +266,13 @@ def _check_template(records: list[Placed], template: State) -> None:
     for name, record in found.items():
         if name not in template:
             raise TemplateError(f"payload: it has {quote(name)}, which the template lacks")
-        expected = tuple(template[name].shape), _dtype_of(template[name], name, "template").name
-        got = record.shape, None if record.dtype is None else record.dtype.name
-        if expected != got:
+        assert record.dtype is not None
+        dtype = _dtype_of(template[name], name, "template")
+        shape = tuple(template[name].shape)
+        if (dtype, shape) != (record.dtype, record.shape):
             raise TemplateError(
-                f"payload: expected {quote(name)} as {expected[1]} {expected[0]}, "
-                f"got {got[1]} {got[0]}"
+                f"payload: expected {quote(name)} as {dtype.name} {shape}, "
+                f"got {record.dtype.name} {record.shape}"
             )
 
 
