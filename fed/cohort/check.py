@@ -124,7 +124,7 @@ class _Inspector:
 
     def notes(self) -> tuple[str, ...]:
         """Return a line for each thing worth knowing."""
-        lines = [f"{count} scans: {grid}" for grid, count in sorted(self._grids.items())]
+        lines = [f"{plural(n, 'scan')}: {grid}" for grid, n in sorted(self._grids.items())]
         if self._with_skull:
             lines.append(
                 f"{_scans(self._with_skull)} mostly above 0 all over the volume: not "
@@ -139,7 +139,7 @@ class _Inspector:
 
     def _compare(self, scan: Scan, volume: Volume) -> list[Fault]:
         faults: list[Fault] = []
-        voxels = xxhash.xxh3_128(np.ascontiguousarray(volume.data)).hexdigest()
+        voxels = xxhash.xxh3_128(volume.data.tobytes()).hexdigest()
         first = self._first_with.setdefault(voxels, scan)
         if first is not scan:
             faults.append(
@@ -172,6 +172,11 @@ class _Inspector:
         return faults
 
 
+def plural(count: int, singular: str, several: str = "") -> str:
+    """Return ``"1 scan"`` or ``"4 scans"``."""
+    return f"{count} {singular if count == 1 else several or singular + 's'}"
+
+
 def _scans(scans: Sequence[Scan]) -> str:
-    count = "1 scan" if len(scans) == 1 else f"{len(scans)} scans"
-    return f"{count} ({scans[0].path.name}{', ...' if len(scans) > 1 else ''})"
+    more = ", ..." if len(scans) > 1 else ""
+    return f"{plural(len(scans), 'scan')} ({scans[0].path.name}{more})"

@@ -194,7 +194,7 @@ def to_ras(data: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def _centre(shape: Sequence[int], affine: np.ndarray) -> np.ndarray:
-    return affine[:3, :3] @ ((np.asarray(shape) - 1) / 2) + affine[:3, 3]
+    return np.asarray(affine[:3, :3] @ ((np.asarray(shape) - 1) / 2) + affine[:3, 3])
 
 
 def _anchor(shape: Sequence[int], affine: np.ndarray, space_code: int) -> str:
@@ -248,15 +248,18 @@ def _pad_crop(data: np.ndarray, start: np.ndarray, shape: tuple[int, int, int]) 
 
 def _resample(data: np.ndarray, affine: np.ndarray, grid: Grid) -> np.ndarray:
     to_source = np.linalg.solve(affine, grid.affine)
+    matrix = to_source[:3, :3]
     # Source voxels per target voxel, along each source axis.
-    ratio = np.linalg.norm(to_source[:3, :3], axis=1)
+    ratio = np.linalg.norm(matrix, axis=1)
     sigma = np.sqrt(np.maximum(ratio**2 - 1, 0)) / _FWHM_PER_SIGMA
 
     def sample(values: np.ndarray) -> np.ndarray:
         if sigma.any():
             values = ndimage.gaussian_filter(values, sigma, mode="constant", truncate=3)
-        return ndimage.affine_transform(
-            values, to_source[:3, :3], to_source[:3, 3], grid.shape, order=1, mode="constant"
+        return np.asarray(
+            ndimage.affine_transform(
+                values, matrix, list(to_source[:3, 3]), grid.shape, order=1, mode="constant"
+            )
         )
 
     covered = sample((data != 0).astype(np.float32))

@@ -271,7 +271,7 @@ def _header(block: bytes) -> nibabel.Nifti1Header | Fault:
     wide = block[:4] in ((540).to_bytes(4, "little"), (540).to_bytes(4, "big"))
     if len(block) < (540 if wide else 348):
         return _truncated("the header is cut off")
-    kind = nibabel.Nifti2Header if wide else nibabel.Nifti1Header
+    kind: type[nibabel.Nifti1Header] = nibabel.Nifti2Header if wide else nibabel.Nifti1Header
     header = kind(block[: 540 if wide else 348], check=False)
     if header["magic"].item()[:2] != b"n+":
         detail = "an Analyze file, or one half of a .hdr and .img pair"

@@ -38,13 +38,16 @@ class Scans(Protocol):
 
     def __len__(self) -> int:
         """Return the number of scans."""
+        ...
 
     @property
     def ages(self) -> npt.NDArray[np.float32]:
         """Years, (n,)."""
+        ...
 
     def volume(self, index: int) -> npt.NDArray[np.float32]:
         """Return scan `index`, (d, h, w)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ def block_means(volume: npt.NDArray[Any], factor: int) -> npt.NDArray[np.float32
 
 
 def _ages(views: Sequence[Scans]) -> Floats:
-    return np.concatenate([np.empty(0), *(view.ages for view in views)])
+    return np.concatenate([np.empty(0), *(view.ages.astype(np.float64) for view in views)])
 
 
 def _features(

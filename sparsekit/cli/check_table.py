@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sparsekit.fed.cohort.check import CheckReport
+from sparsekit.fed.cohort.check import CheckReport, plural
 
 _FILE_WIDTH = 140  # columns when the output goes to a file or pipe
 
@@ -52,11 +52,13 @@ def print_check(report: CheckReport, source: Path) -> None:
         console.print(table)
     for note in report.notes:
         console.print(f"note: {note}", markup=False)
-    sites = len({scan.site for scan in report.ok_scans})
-    people = len({scan.participant for scan in report.ok_scans})
+    fit = report.ok_scans
     console.print(
-        f"{len(report.ok_scans)} scans of {people} people at {sites} sites are fit for training; "
-        f"{_count(report)}; {report.n_files} volumes opened, {report.bytes_read / 1e6:.1f} MB read",
+        f"{plural(len(fit), 'scan')} of "
+        f"{plural(len({scan.participant for scan in fit}), 'person', 'people')} at "
+        f"{plural(len({scan.site for scan in fit}), 'site')}: fit for training; "
+        f"{_count(report)}; {plural(report.n_files, 'volume')} opened, "
+        f"{report.bytes_read / 1e6:.1f} MB read",
         markup=False,
     )
 
@@ -66,5 +68,4 @@ def _count(report: CheckReport) -> str:
     if not kinds:
         return "no problems"
     listed = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
-    plural = "problem" if len(report.problems) == 1 else "problems"
-    return f"{len(report.problems)} {plural} ({listed})"
+    return f"{plural(len(report.problems), 'problem')} ({listed})"

