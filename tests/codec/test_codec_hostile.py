@@ -50,24 +50,16 @@ class Forged:
         def told(value: int | None, truth: int) -> int:
             return truth if value is None else value
 
-        return (
-            struct.pack(
-                "<HHBBBBQQQQ",
-                told(self.name_len, len(self.name)),
-                len(self.params),
-                self.dtype,
-                told(self.ndim, len(self.shape)),
-                self.mask_code,
-                self.value_code,
-                self.k,
-                told(self.mask_len, len(self.mask)),
-                told(self.value_len, len(self.values)),
-                told(self.checksum, xxhash.xxh3_64_intdigest(self.mask + self.values)),
-            )
-            + struct.pack(f"<{len(self.shape)}I", *self.shape)
-            + self.params
-            + self.name
-        )
+        checksum = xxhash.xxh3_64_intdigest(self.mask + self.values)
+        fixed = struct.pack(
+            "<HHBBBBQQQQ",
+            told(self.name_len, len(self.name)), len(self.params), self.dtype,
+            told(self.ndim, len(self.shape)), self.mask_code, self.value_code, self.k,
+            told(self.mask_len, len(self.mask)), told(self.value_len, len(self.values)),
+            told(self.checksum, checksum),
+        )  # fmt: skip
+        shape = struct.pack(f"<{len(self.shape)}I", *self.shape)
+        return fixed + shape + self.params + self.name
 
     def sections(self) -> bytes:
         return b"".join(s + self.padding * (-len(s) % 8) for s in (self.mask, self.values))
