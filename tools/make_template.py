@@ -26,6 +26,8 @@ PREFIX = "mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
 FIRST_MM = (-90, -126, -72)
 GRID = (91, 109, 91)
 SOURCE_FIRST_MM = (-98.0, -134.0, -72.0)
+SOURCE_GRID = (197, 233, 189)
+SOURCE_GRID = (197, 233, 189)
 OUT = Path(__file__).resolve().parent.parent / "fed" / "cohort" / "data" / "template-2mm.npz"
 
 
@@ -47,8 +49,9 @@ def main() -> None:
     sources: Path = parser.parse_args().sources
     one_mm: dict[str, NDArray[np.float32]] = {}
     for kind in ("t1", "gm", "wm"):
-        image = nib.load(sources / PREFIX.format(kind))
-        if tuple(image.affine[:3, 3]) != SOURCE_FIRST_MM or image.shape != (197, 233, 189):
+        image = nib.Nifti1Image.from_filename(sources / PREFIX.format(kind))
+        first_mm = tuple(np.asarray(image.affine)[:3, 3])
+        if first_mm != SOURCE_FIRST_MM or image.shape != SOURCE_GRID:
             raise SystemExit(f"{PREFIX.format(kind)}: not the grid of nilearn 0.14.1")
         one_mm[kind] = np.asarray(image.dataobj, dtype=np.float32)
     # The T1 is skull-stripped: where it is not 0 there is brain (or CSF inside its hull).

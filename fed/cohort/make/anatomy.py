@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from sparsekit.fed.cohort.make import volumes
 from sparsekit.fed.cohort.make.deform import Deformation, deform, lattice
-from sparsekit.fed.cohort.make.fields import Floats, sample
+from sparsekit.fed.cohort.make.fields import Floats, floats, sample
 from sparsekit.fed.cohort.make.people import Person
 from sparsekit.fed.cohort.make.template import DEEP, MAPS, Template
 
@@ -87,28 +87,28 @@ def build_anatomy(template: Template, person: Person, rng: np.random.Generator) 
         channel["cerebral_wm"], gm, channel["ventricle_mm"], wanted[_INDEX["cerebral_wm"]]
     )
 
-    def field(spacing_mm: float) -> Floats:
-        drawn = lattice(template.resolution, spacing_mm).draw(rng, 1)
+    def field(spacing_mm: float, sd: float) -> Floats:
+        drawn = lattice(template.resolution, spacing_mm).draw(rng, 1, sd=sd)
         return drawn.reshape(-1)[deformation.voxels]
 
     sulci = channel["sulci"]
     cortex = _thin(
         channel["cortex_gm"] + moved,
-        where=sulci * (1 + np.float32(_UNEVEN_THINNING_SD) * field(_UNEVEN_THINNING_MM)),
-        pattern=np.float32(_SULCI_SD) * np.minimum(sulci, 3) * field(_SULCI_MM),
+        where=sulci * (1 + field(_UNEVEN_THINNING_MM, _UNEVEN_THINNING_SD)),
+        pattern=np.minimum(sulci, 3) * field(_SULCI_MM, _SULCI_SD),
         room=1 - wm,
         wanted=wanted[_INDEX["cortex_gm"]],
     )
     cerebellar = _thin(
         channel["cerebellar_gm"],
-        where=0.5 + 0.5 * np.minimum(sulci, 3),
-        pattern=np.float32(0),
+        where=floats(0.5 + 0.5 * np.minimum(sulci, 3)),
+        pattern=floats(0),
         room=1 - channel["other_wm"],
         wanted=wanted[_INDEX["cerebellar_gm"]],
     )
     score = channel["ventricle_mm"] * np.float32(-1 / _LESION_REACH_MM)
     for spacing_mm, weight in _LESION_SCALES:
-        score += np.float32(weight) * field(spacing_mm)
+        score += field(spacing_mm, weight)
     share = float(np.exp(person.log_fractions[_INDEX["wm_hypointensities"]]))
     lesions = _place_lesions(score, wm, share * deformation.brain_mm3 / template.resolution**3)
     return Anatomy(
@@ -141,7 +141,7 @@ def _shift_border(
     spare = float(border.sum(dtype=np.float64))
     share = (float(wm.sum(dtype=np.float64)) - wanted) / spare
     moved = border * np.float32(np.clip(share, -_MOST_GAINED, _MOST_GAINED))
-    return wm - moved, moved
+    return floats(wm - moved), floats(moved)
 
 
 def _thin(gm: Floats, *, where: Floats, pattern: Floats, room: Floats, wanted: float) -> Floats:
@@ -150,7 +150,7 @@ def _thin(gm: Floats, *, where: Floats, pattern: Floats, room: Floats, wanted: f
     thinned = gm
     for _ in range(3):
         loss = np.clip(np.float32(amount) * where + pattern, -_MOST_GAINED, _MOST_LOST)
-        thinned = np.clip(gm * (1 - loss), 0, np.maximum(room, 0))
+        thinned = floats(np.clip(gm * (1 - loss), 0, np.maximum(room, 0)))
         error = float(thinned.sum(dtype=np.float64)) - wanted
         amount += error / float((gm * where).sum(dtype=np.float64))
     return thinned
@@ -158,10 +158,9 @@ def _thin(gm: Floats, *, where: Floats, pattern: Floats, room: Floats, wanted: f
 
 def _place_lesions(score: Floats, wm: Floats, wanted: float) -> Floats:
     """Turn the highest scoring white matter hypointense, with a sharp edge, up to a volume."""
-    score = np.where(wm > 0.3, score, np.float32(-np.inf))
-    count = min(len(score) - 1, int(8 * wanted) + 200)
-    best = np.argpartition(score, len(score) - count)[-count:]
-    best = best[np.isfinite(score[best])]
+    white = np.flatnonzero(wm > 0.3)
+    count = min(len(white), int(8 * wanted) + 200)
+    best = white[np.argpartition(score[white], len(white) - count)[-count:]]
     candidates, tissue = score[best], wm[best]
     low, high = float(candidates.min()) - 1, float(candidates.max()) + 1
     grown = np.zeros_like(tissue)

@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsekit.fed.cohort.make.fields import Floats, SplineLattice, nearest, sample
+from sparsekit.fed.cohort.make.fields import Floats, SplineLattice, floats, nearest, sample
 from sparsekit.fed.cohort.make.template import BLOBS, DEEP, ORIGIN_MM, Blob, Template, load_template
 
 # Lattice spacing and standard deviation, in mm, of the three random warps.
@@ -26,7 +26,7 @@ _VENTRICLE_UNEVEN_SD = 0.2
 _VENTRICLE_UNEVEN_MM = 60.0
 _SIDE_SD = 0.15
 # Heads end at most this far outside the brain's surface (skull-strip margin plus blur).
-_RIM_MM = 7.0
+_RIM_MM = 6.0
 _ROUNDS = 2
 
 # Amplitudes at which the size of each deep structure is tabulated: mm for the lateral ventricles,
@@ -120,12 +120,14 @@ def deform(
         * template.resolution**3
     )
     growth = brain_mm3 / _brain_mm3(template.resolution)
-    uneven = lattice(template.resolution, _VENTRICLE_UNEVEN_MM).draw(rng, 1).reshape(-1)[voxels]
+    uneven = lattice(template.resolution, _VENTRICLE_UNEVEN_MM).draw(
+        rng, 1, sd=_VENTRICLE_UNEVEN_SD
+    )
     sides = _SIDE_SD * rng.standard_normal(len(BLOBS))
 
     points = template.to_voxels(points_mm)
     away = sample(template.away, points)
-    away *= 1 + np.float32(_VENTRICLE_UNEVEN_SD) * uneven[:, None]
+    away *= 1 + uneven.reshape(-1, 1)[voxels]
     deep = np.flatnonzero(nearest(template.near_deep, points))
     bases = _bases(points_mm[deep], away[deep], sides)
     targets = log_ratios + np.log(growth)
@@ -136,7 +138,7 @@ def deform(
         moved = points_mm[deep] + _combine(bases, amplitudes)
         asked += targets - _log_sizes(template, moved, calibration.sizes)
     amplitudes = calibration.amplitudes_for(asked)
-    source_mm = points_mm - np.float32(amplitudes[0]) * away
+    source_mm = floats(points_mm - np.float32(amplitudes[0]) * away)
     source_mm[deep] = points_mm[deep] + _combine(bases, amplitudes)
     return Deformation(voxels, template.to_voxels(source_mm), brain_mm3, growth)
 
@@ -160,17 +162,17 @@ def _posed(
     offset = (pivot - (matrix * (pivot + shift_mm)).sum(axis=1)).astype(np.float32)
     posed = x[:, None, None] + (y[:, None] + (z + offset))
     for spacing_mm, sd_mm in _WARPS_MM:
-        posed += np.float32(sd_mm) * lattice(template.resolution, spacing_mm).draw(rng, 3)
-    edge_map = template.edge_mm
-    edge_mm = nearest(edge_map, template.to_voxels(posed))
-    # Warps and aspect change the brain's volume too: scale once more to the asked size.
-    got = float(template.brain_fraction(edge_mm).sum(dtype=np.float64)) * template.resolution**3
+        posed += lattice(template.resolution, spacing_mm).draw(rng, 3, sd=sd_mm)
+    # Warps and aspect change the brain's volume too: scale once more to the asked size. Every
+    # second voxel along each axis tells it well enough.
+    some = template.to_voxels(posed[::2, ::2, ::2])
+    fraction = template.brain_fraction(nearest(template.edge_mm, some))
+    got = float(fraction.sum(dtype=np.float64)) * (2 * template.resolution) ** 3
     wanted = _brain_mm3(template.resolution) * np.exp(log_head_size)
-    centre = np.float32(_PIVOT_MM)
-    posed -= centre
-    posed *= np.float32((got / wanted) ** (1 / 3))
-    posed += centre
-    return posed, nearest(edge_map, template.to_voxels(posed))
+    factor = (got / wanted) ** (1 / 3)
+    posed *= np.float32(factor)
+    posed += ((1 - factor) * pivot).astype(np.float32)
+    return posed, nearest(template.edge_mm, template.to_voxels(posed))
 
 
 @lru_cache(maxsize=2)
@@ -214,9 +216,9 @@ def _open_third(points_mm: Floats) -> Floats:
 def _resize(points_mm: Floats, blob: Blob, side: float) -> Floats:
     """Move points away from the centre of each side's structure, which shrinks it."""
     right = points_mm[:, 0] > 0
-    from_centre = points_mm - np.float32(blob.centre_mm)
+    from_centre = points_mm - floats(blob.centre_mm)
     from_centre[:, 0] = points_mm[:, 0] + np.where(right, -1, 1) * np.float32(blob.centre_mm[0])
-    squared = ((from_centre / np.float32(blob.radii_mm)) ** 2).sum(axis=1)
+    squared = ((from_centre / floats(blob.radii_mm)) ** 2).sum(axis=1)
     window = np.clip(1 - squared / 5, 0, None) ** 2
     # The side away from the midline must not pull on the other hemisphere.
     window *= np.clip(np.abs(points_mm[:, 0]) / 4, 0, 1)
@@ -246,14 +248,16 @@ def _calibration(resolution: int) -> _Calibration:
     template = load_template(resolution)
     sizes = template.deep.sum(axis=(0, 1, 2), dtype=np.float64).astype(np.float32)
     voxels = np.argwhere(template.near_deep).astype(np.float32)
-    points_mm = voxels * np.float32(resolution) + np.float32(ORIGIN_MM)
+    points_mm = floats(voxels * np.float32(resolution) + floats(ORIGIN_MM))
     bases = _bases(points_mm, sample(template.away, voxels), np.zeros(len(BLOBS)))
     tables = []
     logs = []
     for channel, name in enumerate(DEEP):
         amplitudes = _AMPLITUDES.get(name, _BLOB_AMPLITUDES)
         ratios = [
-            _log_sizes(template, points_mm + np.float32(amplitude) * bases[channel], sizes)[channel]
+            _log_sizes(template, floats(points_mm + np.float32(amplitude) * bases[channel]), sizes)[
+                channel
+            ]
             for amplitude in amplitudes
         ]
         assert all(a < b for a, b in pairwise(ratios)), (name, ratios)

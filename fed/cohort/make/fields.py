@@ -5,13 +5,20 @@ the same bytes in every worker.
 """
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_array
 
 Floats = NDArray[np.float32]
+
+
+def floats(values: ArrayLike) -> Floats:
+    """Make a float32 array, without a copy if it is one already."""
+    return np.asarray(values, dtype=np.float32)
+
 
 # Mean over positions of the sum of squared cubic B-spline weights, per axis.
 _WEIGHT_SQUARES = 151.0 / 315.0
@@ -25,9 +32,12 @@ class SplineLattice:
     ----------
     weights : tuple of three csr_array
         Voxels by control points, for x, y and z.
+    controls : tuple of int
+        Control points along x, y and z.
     """
 
     weights: tuple[csr_array, csr_array, csr_array]
+    controls: tuple[int, int, int]
 
     @staticmethod
     def over(axes_mm: tuple[Floats, Floats, Floats], spacing_mm: float) -> "SplineLattice":
@@ -36,16 +46,11 @@ class SplineLattice:
         The lattice starts at a multiple of the spacing, so that grids of different resolution
         over about the same box share their control points.
         """
-        low = [np.floor(float(axis[0]) / spacing_mm) - 1 for axis in axes_mm]
-        high = [np.floor(float(axis[-1]) / spacing_mm) + 2 for axis in axes_mm]
-        weights = tuple(
-            _spline_weights(axis / spacing_mm - start, int(stop - start) + 1)
-            for axis, start, stop in zip(axes_mm, low, high, strict=True)
-        )
-        return SplineLattice((weights[0], weights[1], weights[2]))
+        x, y, z = (_spline_weights(floats(axis / spacing_mm)) for axis in axes_mm)
+        return SplineLattice((x[0], y[0], z[0]), (x[1], y[1], z[1]))
 
-    def draw(self, rng: np.random.Generator, components: int) -> Floats:
-        """Draw a field with mean 0 and standard deviation 1.
+    def draw(self, rng: np.random.Generator, components: int, *, sd: float = 1.0) -> Floats:
+        """Draw a field with mean 0.
 
         Parameters
         ----------
@@ -53,6 +58,8 @@ class SplineLattice:
             One float32 normal per control point and component is taken from it.
         components : int
             Number of independent fields, the last axis of the result.
+        sd : float, default 1
+            Standard deviation of the field.
 
         Returns
         -------
@@ -60,21 +67,19 @@ class SplineLattice:
             The field at the voxel centres.
         """
         along_x, along_y, along_z = self.weights
-        counts = (along_z.shape[1], along_y.shape[1], along_x.shape[1], components)
-        field = rng.standard_normal(counts, dtype=np.float32)
-        for matrix in (along_z, along_y, along_x):
-            # Contract the first axis, then bring the next one to the front.
-            mixed = matrix @ field.reshape(field.shape[0], -1)
-            field = mixed.reshape(mixed.shape[0], *field.shape[1:])
-            if matrix is not along_x:
-                order = (1, 2, 0, 3) if matrix is along_z else (1, 0, 2, 3)
-                field = np.ascontiguousarray(field.transpose(order))
-        field *= np.float32(_WEIGHT_SQUARES**-1.5)
-        return field
+        nx, ny, nz = self.controls
+        values = rng.standard_normal((nz, ny * nx * components), dtype=np.float32)
+        values *= np.float32(sd * _WEIGHT_SQUARES**-1.5)
+        # Contract the first axis, then bring the next one to the front.
+        values = (along_z @ values).reshape(-1, ny, nx * components).swapaxes(0, 1)
+        values = along_y @ values.reshape(ny, -1)
+        values = values.reshape(len(values), -1, nx, components).transpose(2, 0, 1, 3)
+        field = floats(along_x @ values.reshape(nx, -1))
+        return field.reshape(-1, *values.shape[1:])
 
 
-def _spline_weights(positions: Floats, controls: int) -> csr_array:
-    """Weights of the four control points around each position (in control spacings)."""
+def _spline_weights(positions: Floats) -> tuple[csr_array, int]:
+    """Weights of the four control points around each position (in spacings), and their number."""
     cell = np.floor(positions).astype(np.int64)
     t = (positions - cell).astype(np.float64)
     four = np.stack(
@@ -85,10 +90,14 @@ def _spline_weights(positions: Floats, controls: int) -> csr_array:
             t**3 / 6,
         ],
         axis=1,
-    ).astype(np.float32)
-    columns = cell[:, None] + np.arange(-1, 3)
+    )
+    columns = cell[:, None] + np.arange(4) - cell[0]
     rows = np.repeat(np.arange(len(positions)), 4)
-    return csr_array((four.ravel(), (rows, columns.ravel())), shape=(len(positions), controls))
+    controls = int(columns[-1, -1]) + 1
+    weights = csr_array(
+        (floats(four).ravel(), (rows, columns.ravel())), shape=(len(positions), controls)
+    )
+    return weights, controls
 
 
 def sample(maps: Floats, points: Floats) -> Floats:
@@ -106,27 +115,26 @@ def sample(maps: Floats, points: Floats) -> Floats:
     ndarray, (n, channels), float32
         The maps' values at the points.
     """
-    sizes = np.array(maps.shape[:3])
-    limit = (sizes - 1).astype(np.float32) - np.float32(1e-3)
-    inside = np.clip(points, np.float32(0), limit)
-    cell = inside.astype(np.int32)
-    t = inside - cell
-    stride_x, stride_y = int(sizes[1] * sizes[2]), int(sizes[2])
-    first = (cell[:, 0] * stride_x + cell[:, 1] * stride_y + cell[:, 2]).astype(np.intp)
+    cells = []
+    weights = []
+    for axis, size in enumerate(maps.shape[:3]):
+        # One contiguous array per axis: strided ones would take most of the time.
+        position = np.clip(points[:, axis], np.float32(0), np.float32(size - 1.001))
+        cell = position.astype(np.int32)
+        fraction = position - cell
+        cells.append(cell)
+        weights.append((1 - fraction, fraction))
+    stride_x, stride_y = maps.shape[1] * maps.shape[2], maps.shape[2]
+    first = (cells[0] * stride_x + cells[1] * stride_y + cells[2]).astype(np.intp)
     flat = maps.reshape(-1, maps.shape[3])
-    x, y, z = (t[:, axis, None] for axis in range(3))
-    result: Floats | None = None
-    for step_x, weight_x in ((0, 1 - x), (stride_x, x)):
-        for step_y, weight_y in ((0, 1 - y), (stride_y, y)):
-            weight_xy = weight_x * weight_y
-            for step_z, weight_z in ((0, 1 - z), (1, z)):
-                corner = flat.take(first + (step_x + step_y + step_z), axis=0)
-                corner *= weight_xy * weight_z
-                if result is None:
-                    result = corner
-                else:
-                    result += corner
-    assert result is not None
+    result = np.zeros((len(points), maps.shape[3]), dtype=np.float32)
+    corner = np.empty_like(result)
+    for x, y, z in product((0, 1), repeat=3):
+        weight = weights[0][x] * weights[1][y] * weights[2][z]
+        # Every index is inside; mode="clip" only spares a copy that guards against errors.
+        flat.take(first + (x * stride_x + y * stride_y + z), axis=0, out=corner, mode="clip")
+        corner *= weight[:, None]
+        result += corner
     return result
 
 
@@ -145,7 +153,9 @@ def nearest(volume: NDArray[Any], points: Floats) -> NDArray[Any]:
     ndarray, (...)
         The map's values, of its dtype.
     """
-    sizes = np.array(volume.shape, dtype=np.float32)
-    cell = np.clip(points + np.float32(0.5), np.float32(0), sizes - 1).astype(np.int32)
-    flat = (cell[..., 0] * volume.shape[1] + cell[..., 1]) * volume.shape[2] + cell[..., 2]
+    flat = np.zeros(points.shape[:-1], dtype=np.int32)
+    for axis, size in enumerate(volume.shape):
+        position = np.clip(points[..., axis] + np.float32(0.5), 0, np.float32(size - 0.5))
+        flat *= size
+        flat += position.astype(np.int32)
     return volume.ravel().take(flat)

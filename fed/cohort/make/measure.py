@@ -30,10 +30,10 @@ def achieved_fractions(template: Template, anatomy: Anatomy) -> NDArray[np.float
     """
     voxel_mm3 = template.resolution**3
     deep = sample(template.deep, anatomy.deformation.source).sum(axis=0, dtype=np.float64)
-    sums = dict(zip(DEEP, deep, strict=True))
-    sums["cortex_gm"] = anatomy.cortex_gm.sum(dtype=np.float64)
-    sums["cerebellar_gm"] = anatomy.cerebellar_gm.sum(dtype=np.float64)
-    sums["cerebral_wm"] = anatomy.cerebral_wm.sum(dtype=np.float64)
-    sums["wm_hypointensities"] = anatomy.lesions.sum(dtype=np.float64)
+    sums: dict[str, float] = dict(zip(DEEP, deep.tolist(), strict=True))
+    sums["cortex_gm"] = float(anatomy.cortex_gm.sum(dtype=np.float64))
+    sums["cerebellar_gm"] = float(anatomy.cerebellar_gm.sum(dtype=np.float64))
+    sums["cerebral_wm"] = float(anatomy.cerebral_wm.sum(dtype=np.float64))
+    sums["wm_hypointensities"] = float(anatomy.lesions.sum(dtype=np.float64))
     brain_mm3 = anatomy.deformation.brain_mm3
     return np.array([sums[name] * voxel_mm3 / brain_mm3 for name in STRUCTURES])

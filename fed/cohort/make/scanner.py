@@ -124,8 +124,8 @@ def scan(
     taps = [variance / 2, 1 - variance, variance / 2]
     for axis in range(3):
         box = correlate1d(box, taps, axis=axis, mode="constant")
-    shading = lattice(template.resolution, _SHADING_MM).draw(rng, 1).reshape(-1)[voxels]
-    signal = box.reshape(-1)[voxels] * np.exp(np.float32(site.shading_sd) * shading)
+    shading = lattice(template.resolution, _SHADING_MM).draw(rng, 1, sd=site.shading_sd)
+    signal = box.reshape(-1)[voxels] * np.exp(shading.reshape(-1)[voxels])
     if noise:
         real, imaginary = rng.standard_normal((2, len(voxels)), dtype=np.float32) * np.float32(
             site.noise_sd

@@ -8,13 +8,14 @@ plain geometry in its millimetres plus its tissue maps, so no atlas is needed. T
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import correlate1d, distance_transform_edt, gaussian_filter
 
 from sparsekit.errors import ArgumentError
-from sparsekit.fed.cohort.make.fields import Floats
+from sparsekit.fed.cohort.make.fields import Floats, floats
 
 GRIDS = {4: (46, 55, 46), 2: (91, 109, 91)}
 """Voxels along x, y and z by voxel size in mm."""
@@ -84,8 +85,6 @@ class Template:
         The channel of ``maps`` of that name, contiguous for look-ups of its own.
     near_deep : ndarray, (x, y, z), bool
         Where a deep structure of some person may come from.
-    csf_signal, gm_signal, wm_signal : float
-        What the T1 template shows for pure tissue, white matter being 1.
     """
 
     resolution: int
@@ -97,27 +96,22 @@ class Template:
     away: Floats
     edge_mm: Floats
     near_deep: NDArray[np.bool_]
-    csf_signal: float
-    gm_signal: float
-    wm_signal: float
 
     def axes_mm(self) -> tuple[Floats, Floats, Floats]:
         """Voxel centres of the box along x, y and z."""
         x, y, z = (
-            np.arange(part.start, part.stop, dtype=np.float32) * self.resolution + first
-            for part, first in zip(self.box, np.float32(ORIGIN_MM), strict=True)
+            floats(np.arange(part.start, part.stop) * self.resolution + first)
+            for part, first in zip(self.box, ORIGIN_MM, strict=True)
         )
         return x, y, z
 
     def to_voxels(self, points_mm: Floats) -> Floats:
         """Millimetres to voxel coordinates of the maps."""
-        points: Floats = (points_mm - np.float32(ORIGIN_MM)) * np.float32(1 / self.resolution)
-        return points
+        return floats((points_mm - floats(ORIGIN_MM)) * np.float32(1 / self.resolution))
 
     def brain_fraction(self, edge_mm: Floats) -> Floats:
         """How much of a voxel is brain, from its signed distance to the brain's surface."""
-        fraction: Floats = np.clip(0.5 - edge_mm / np.float32(self.resolution), 0, 1)
-        return fraction
+        return floats(np.clip(0.5 - edge_mm / np.float32(self.resolution), 0, 1))
 
 
 @lru_cache(maxsize=2)
@@ -148,11 +142,11 @@ def load_template(resolution: int) -> Template:
     edge_mm = _signed_distance(brain > 0.5)
     ventricle_mm = _signed_distance(deep[0] > 0.35)
     below, behind = _below_tentorium(grid), _behind_stem(grid)
-    cortex = gm * (1 - below) * (1 - np.clip(sum(deep[2:]) + _inner_ellipsoid(grid), 0, 1))
+    nuclei = np.clip(np.sum(deep[2:], axis=0) + _inner_ellipsoid(grid), 0, 1)
+    cortex = gm * (1 - below) * (1 - nuclei)
     cerebellar = gm * behind * below
     outer_csf = csf * (ventricle_mm > 4) * (1 - deep[1])
     sulci = gaussian_filter(outer_csf, 3.0 / _STORED_MM) * _regional_weight(grid, cortex)
-    signals, texture = _explain(t1, csf, gm, wm)
     maps = [
         cortex,
         cerebellar,
@@ -160,12 +154,12 @@ def load_template(resolution: int) -> Template:
         wm * (1 - below),
         wm * below,
         edge_mm,
-        texture,
+        _texture(t1, csf, gm, wm),
         ventricle_mm,
         sulci / float((sulci * cortex).sum() / cortex.sum()),
     ]
     away = _away_from_ventricles(ventricle_mm, edge_mm)
-    near = distance_transform_edt(sum(deep) < 0.1, sampling=_STORED_MM) < 11.0
+    near = _distance(np.sum(deep, axis=0) < 0.1) < 11.0
     step = 4 // resolution
     x, y, z = (slice(low * step, (high - 1) * step + 1) for low, high in _BOX_4MM)
     stacked = _stack(maps, resolution)
@@ -179,9 +173,6 @@ def load_template(resolution: int) -> Template:
         away=_stack(away, resolution),
         edge_mm=_stack([edge_mm], resolution)[..., 0],
         near_deep=_stack([near.astype(np.float32)], resolution)[..., 0] > 0,
-        csf_signal=signals[0],
-        gm_signal=signals[1],
-        wm_signal=signals[2],
     )
 
 
@@ -204,25 +195,28 @@ def _read() -> list[Floats]:
 def _coarsen(volume: Floats) -> Floats:
     """Average a 2 mm map over the 4 mm voxels, each a union of (parts of) 27 of its voxels."""
     for axis in range(3):
-        volume = correlate1d(volume, [0.25, 0.5, 0.25], axis=axis)
+        volume = floats(correlate1d(volume, [0.25, 0.5, 0.25], axis=axis))
     return np.ascontiguousarray(volume[::2, ::2, ::2])
 
 
 def _grid_mm(shape: tuple[int, ...]) -> list[Floats]:
     axes = [
-        np.arange(size, dtype=np.float32) * _STORED_MM + first
-        for size, first in zip(shape, ORIGIN_MM, strict=True)
+        np.arange(size) * _STORED_MM + first for size, first in zip(shape, ORIGIN_MM, strict=True)
     ]
-    return [np.asarray(axis) for axis in np.meshgrid(*axes, indexing="ij", sparse=True)]
+    return [floats(axis) for axis in np.meshgrid(*axes, indexing="ij", sparse=True)]
+
+
+def _distance(inside: NDArray[np.bool_]) -> Floats:
+    """Distance in mm from each voxel inside a region to the nearest one outside it."""
+    distance: Any = distance_transform_edt(inside, sampling=_STORED_MM)
+    return floats(distance)
 
 
 def _signed_distance(inside: NDArray[np.bool_]) -> Floats:
     """Distance in mm to the border of a region, negative inside it."""
-    outer = distance_transform_edt(~inside, sampling=_STORED_MM)
-    inner = distance_transform_edt(inside, sampling=_STORED_MM)
+    half = np.float32(_STORED_MM / 2)
     # Distances count from voxel centres: half a voxel puts zero on the border between them.
-    signed: Floats = np.where(inside, _STORED_MM / 2 - inner, outer - _STORED_MM / 2)
-    return signed.astype(np.float32)
+    return floats(np.where(inside, half - _distance(inside), _distance(~inside) - half))
 
 
 def _soft_ellipsoid(grid: list[Floats], blob: Blob) -> Floats:
@@ -231,8 +225,7 @@ def _soft_ellipsoid(grid: list[Floats], blob: Blob) -> Floats:
     places = (np.abs(x), y, z)
     parts = zip(places, blob.centre_mm, blob.radii_mm, strict=True)
     radius = np.sqrt(sum(((place - c) / r) ** 2 for place, c, r in parts))
-    soft: Floats = np.clip(0.5 + (1 - radius) * (min(blob.radii_mm) / 4), 0, 1)
-    return soft
+    return floats(np.clip(0.5 + (1 - radius) * (min(blob.radii_mm) / 4), 0, 1))
 
 
 def _outline_deep(gm: Floats, wm: Floats, csf: Floats, grid: list[Floats]) -> list[Floats]:
@@ -287,18 +280,14 @@ def _regional_weight(grid: list[Floats], cortex: Floats) -> Floats:
     return regional
 
 
-def _explain(
-    t1: Floats, csf: Floats, gm: Floats, wm: Floats
-) -> tuple[tuple[float, float, float], Floats]:
-    """Least-squares tissue signals of the T1 template, scaled to WM = 1, and what they miss."""
+def _texture(t1: Floats, csf: Floats, gm: Floats, wm: Floats) -> Floats:
+    """What least-squares tissue signals miss of the T1 template, relative to white matter."""
     tissues = [tissue[t1 > 0].astype(np.float64) for tissue in (csf, gm, wm)]
     normal = [[float((a * b).sum()) for b in tissues] for a in tissues]
     right = [float((a * t1[t1 > 0]).sum()) for a in tissues]
     signal = np.linalg.solve(np.array(normal), np.array(right))
     missed = t1 - sum(s * tissue for s, tissue in zip(signal, (csf, gm, wm), strict=True))
-    texture: Floats = (missed / signal[2]).astype(np.float32)
-    csf_signal, gm_signal, wm_signal = (float(value / signal[2]) for value in signal)
-    return (csf_signal, gm_signal, wm_signal), texture
+    return floats(missed / signal[2])
 
 
 def _away_from_ventricles(ventricle_mm: Floats, edge_mm: Floats) -> list[Floats]:
@@ -306,4 +295,4 @@ def _away_from_ventricles(ventricle_mm: Floats, edge_mm: Floats) -> list[Floats]
     smooth = gaussian_filter(ventricle_mm, 3.0 / _STORED_MM)
     # The gradient shrinks by itself near the middle of a horn, where directions cancel.
     strength = np.exp(-np.maximum(ventricle_mm, 0) / 14) * np.clip(-edge_mm / 12, 0, 1)
-    return [slope * strength for slope in np.gradient(smooth, _STORED_MM)]
+    return [floats(slope * strength) for slope in np.gradient(smooth, _STORED_MM)]

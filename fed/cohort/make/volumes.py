@@ -28,7 +28,7 @@ REFERENCE_AGE = 62.7
 """Age in years, halfway between the sexes, that the template's anatomy is taken to have."""
 
 # Fraction of the intracranial volume at 60, per decade, per decade squared, male, residual SD.
-_FIT = np.array(
+_FIT: NDArray[np.float64] = np.array(
     [
         (0.01215, +0.259, +0.0328, +0.086, 0.395),
         (0.00076, +0.177, +0.0215, +0.087, 0.248),
@@ -57,11 +57,12 @@ REFERENCE_LOG_ICV = (_LOG_ICV_MALE + _LOG_ICV_FEMALE) / 2
 
 
 def _residual_factor() -> NDArray[np.float64]:
-    correlation = np.eye(len(STRUCTURES))
+    correlation: NDArray[np.float64] = np.eye(len(STRUCTURES))
     for row, values in enumerate(_RESIDUAL_CORRELATIONS):
         correlation[row, row + 1 :] = values
         correlation[row + 1 :, row] = values
-    return np.linalg.cholesky(correlation) * _FIT[:, 4:5]
+    factor: NDArray[np.float64] = np.linalg.cholesky(correlation) * _FIT[:, 4:5]
+    return factor
 
 
 _RESIDUAL_FACTOR = _residual_factor()
