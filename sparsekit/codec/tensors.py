@@ -317,7 +317,8 @@ def _elements_of(tensor: Tensor, name: str, argument: str) -> Elements:
         )
     if tensor.is_meta:
         raise ArgumentError(f"{argument}: {quote(name)} is a meta tensor, which holds no values")
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    # A lazy negation lives in the tensor's flags, where reading its bits would miss it.
+    flat = tensor.detach().cpu().resolve_neg().contiguous().reshape(-1)
     as_int = getattr(torch, f"int{8 * dtype.itemsize}")
     bits = flat.view(as_int).numpy().view(f"u{dtype.itemsize}")
     return Elements(dtype, tuple(tensor.shape), bits)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +140,38 @@ def test_every_truncation_is_refused(name: str) -> None:
             codec.decode(payload[:length], base=base)
         with pytest.raises(TruncatedError):
             codec.inspect(payload[:length])
+
+
+WITHOUT_TORCH = """
+import pathlib, sys, types
+sys.modules["torch"] = None
+root = pathlib.Path(sys.argv[1])
+for name in ("sparsekit", "sparsekit.codec"):
+    package = types.ModuleType(name)
+    package.__path__ = [str(root.joinpath(*name.split(".")))]
+    sys.modules[name] = package
+from sparsekit.codec import core, wire
+payload = memoryview(pathlib.Path(sys.argv[2]).read_bytes())
+for placed in wire.parse(payload).records:
+    elements = core.decode_record(payload, placed, {})
+    print(placed.record.name, *elements.bits.tolist())
+"""
+
+
+def test_the_core_decodes_without_torch() -> None:
+    root = GOLDEN.parents[1]
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, str(root), str(GOLDEN / "example.spu")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stderr == ""
+    expected = [
+        " ".join(map(str, [key, *(value % 2**32 for value in integers(tensor).tolist())]))
+        for key, tensor in expected_state("example").items()
+    ]
+    assert result.stdout.splitlines() == expected
 
 
 @pytest.mark.parametrize("name", NAMES)
