@@ -248,9 +248,8 @@ def _pad_crop(data: np.ndarray, start: np.ndarray, shape: tuple[int, int, int]) 
 
 def _resample(data: np.ndarray, affine: np.ndarray, grid: Grid) -> np.ndarray:
     to_source = np.linalg.solve(affine, grid.affine)
-    matrix = to_source[:3, :3]
     # Source voxels per target voxel, along each source axis.
-    ratio = np.linalg.norm(matrix, axis=1)
+    ratio = np.linalg.norm(to_source[:3, :3], axis=1)
     sigma = np.sqrt(np.maximum(ratio**2 - 1, 0)) / _FWHM_PER_SIGMA
 
     def sample(values: np.ndarray) -> np.ndarray:
@@ -258,7 +257,7 @@ def _resample(data: np.ndarray, affine: np.ndarray, grid: Grid) -> np.ndarray:
             values = ndimage.gaussian_filter(values, sigma, mode="constant", truncate=3)
         return np.asarray(
             ndimage.affine_transform(
-                values, matrix, list(to_source[:3, 3]), grid.shape, order=1, mode="constant"
+                values, to_source, output_shape=grid.shape, order=1, mode="constant"
             )
         )
 

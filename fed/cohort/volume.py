@@ -27,6 +27,9 @@ MAX_VOXELS = 2**27
 _SLACK_BYTES = 2**20  # tolerated after the last voxel: some writers pad their files
 _MAX_DEFLATE_RATIO = 1032  # deflate cannot pack tighter than this
 _CHUNK_BYTES = 2**20
+_VOXEL_MM = (0.05, 50.0)
+_MAX_ORIGIN_MM = 1e5
+_MIN_DETERMINANT = 0.05  # of unit axes: 1 when they are at right angles, 0 when in one plane
 _AS_FLOATS = ("f", "i", "u")
 
 
@@ -147,8 +150,8 @@ def volume_faults(volume: Volume) -> list[Fault]:
         # nibabel makes up an affine here, with a left-right flip.
         detail = "sform and qform codes are both 0: left and right are unknown"
         faults.append(Fault("no-affine", detail, "convert it again from DICOM, or set its sform"))
-    elif not np.isfinite(volume.affine).all() or abs(np.linalg.det(volume.affine[:3, :3])) < 1e-6:
-        detail = "the affine is not finite or flattens the volume"
+    elif not _is_usable(volume.affine):
+        detail = "the affine is not finite, flattens the volume, or has absurd voxel sizes"
         faults.append(Fault("bad-affine", detail, "convert it again from DICOM, or set its sform"))
     finite = np.isfinite(volume.data)
     if not finite.all():
@@ -336,6 +339,15 @@ def _affine(header: nibabel.Nifti1Header) -> tuple[np.ndarray, int]:
     except (HeaderDataError, ValueError):
         return np.full((4, 4), np.nan), 1
     return np.eye(4), 0
+
+
+def _is_usable(affine: np.ndarray) -> bool:
+    if not np.isfinite(affine).all() or np.abs(affine).max() > _MAX_ORIGIN_MM:
+        return False
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.all((sizes >= _VOXEL_MM[0]) & (sizes <= _VOXEL_MM[1])):
+        return False
+    return bool(abs(np.linalg.det(affine[:3, :3] / sizes)) > _MIN_DETERMINANT)
 
 
 def _truncated(detail: str) -> Fault:

@@ -13,6 +13,7 @@ import pytest
 
 from sparsekit.errors import ArgumentError, CohortError
 from sparsekit.fed.cohort import cache as cache_module
+from sparsekit.fed.cohort import volume as volume_module
 from sparsekit.fed.cohort.cache import SiteData, build_site_cache
 from sparsekit.fed.cohort.read import Scan
 
@@ -30,7 +31,8 @@ def scans(tmp_path: Path, write_brain: WriteBrain) -> list[Scan]:
 
 
 def build(scans: list[Scan], root: Path, **options: Any) -> SiteData:
-    return build_site_cache(scans, root, **({"in_shape": SHAPE, "voxel_mm": 4.0} | options))
+    grid: dict[str, Any] = {"in_shape": SHAPE, "voxel_mm": 4.0}
+    return build_site_cache(scans, root, **(grid | options))
 
 
 def arrays(root: Path) -> set[str]:
@@ -45,7 +47,7 @@ def temporaries(root: Path) -> list[Path]:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files that were read, in order."""
     read: list[Path] = []
-    original = cache_module.load_scan
+    original = volume_module.load_scan
 
     def counting(scan: Scan) -> Any:
         read.append(scan.path)

@@ -7,7 +7,9 @@ import nibabel
 import numpy as np
 import pytest
 
+from sparsekit.fed.cohort.grid import Grid, place
 from sparsekit.fed.cohort.scans import Scan
+from sparsekit.fed.cohort.tables import Fault
 from sparsekit.fed.cohort.volume import (
     MAX_VOXELS,
     ScanError,
@@ -266,14 +268,47 @@ def test_constant_volumes_and_affines_that_say_nothing_are_faults(
     assert faults_of(save_volume(tmp_path / "c.nii.gz", flat, code=0)) == ["no-affine", "constant"]
 
 
-def test_an_affine_that_flattens_the_volume_is_a_fault(
-    tmp_path: Path, save_volume: SaveVolume
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param([[4, 0, 0, -90], [0, 4, 0, -126], [0, 0, 0, 0]], id="flat"),
+        pytest.param([[4, 4, 0, -90], [0, 0.1, 0, -126], [0, 0, 4, 0]], id="nearly-flat"),
+        pytest.param([[4, 0, 0, -90], [0, 4000, 0, -126], [0, 0, 4, -72]], id="metres"),
+        pytest.param([[4, 0, 0, -90], [0, 4, 0, np.nan], [0, 0, 4, -72]], id="nan"),
+        pytest.param([[4, 0, 0, 1e30], [0, 4, 0, -126], [0, 0, 4, -72]], id="far"),
+    ],
+)
+def test_an_affine_that_cannot_be_meant_is_a_fault(
+    tmp_path: Path, save_volume: SaveVolume, rows: list[list[float]]
 ) -> None:
-    def flatten(content: bytearray) -> None:
-        content[312:328] = bytes(16)  # srow_z
+    def change(content: bytearray) -> None:
+        content[280:328] = struct.pack("<12f", *np.ravel(rows))
 
-    path = rewrite(save_volume(tmp_path / "a.nii.gz", noise()), flatten)
+    path = rewrite(save_volume(tmp_path / "a.nii.gz", noise()), change)
     assert faults_of(path) == ["bad-affine"]
+
+
+def test_a_header_of_random_bytes_never_ends_in_another_error(
+    tmp_path: Path, write_brain: WriteBrain
+) -> None:
+    path = write_brain(tmp_path / "a.nii", shape=(23, 28, 23), voxel_mm=8.0)
+    good = path.read_bytes()
+    rng = np.random.default_rng(0)
+    grid = Grid.of((23, 28, 23), 8.0)
+    kinds = set()
+    for _ in range(400):
+        damaged = bytearray(good)
+        for position in rng.integers(0, 352, 3):
+            damaged[position] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            volume = load_scan(Scan("p", None, path, 60.0, None, "A"))
+        except ScanError as error:
+            kinds.add(error.fault.kind)
+            continue
+        placed = place(volume.data, volume.affine, volume.space_code, grid)
+        assert isinstance(placed, Fault) or np.isfinite(placed[0]).all()
+    assert {"not-nifti", "corrupt", "bad-affine"} <= kinds
 
 
 def scan_with_mask(path: Path, mask: Path) -> Scan:

@@ -23,7 +23,7 @@ class People:
         return len(self.ages)
 
     def volume(self, index: int) -> Array:
-        return self.images[index]
+        return np.asarray(self.images[index])
 
 
 def brain_with_ventricles(age: float, rng: np.random.Generator) -> Array:
