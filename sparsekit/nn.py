@@ -1,6 +1,6 @@
 """Layers that skip pruned weights, and swapping them in and out of a model."""
 
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,9 @@ from torch.nn import functional
 from sparsekit import masks as _masks
 from sparsekit import ops, prune
 from sparsekit.types import Masks
+
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class MaskedConv3d(nn.Conv3d):
@@ -73,11 +76,11 @@ class MaskedConv3d(nn.Conv3d):
 
     def extra_repr(self) -> str:
         """Conv3d's text and the density."""
-        text = super().extra_repr()
+        text = super().extra_repr()  # type: ignore[no-untyped-call]
         return f"{text}, density={self.density:.4f}"
 
 
-def sparsify(model: nn.Module, masks: Masks | None = None) -> nn.Module:
+def sparsify(model: ModuleT, masks: Masks | None = None) -> ModuleT:
     """Make a model's convolutions skip pruned weights, and hold its masks from now on.
 
     Each `torch.nn.Conv3d` becomes a `MaskedConv3d` in place: the same object with the same
@@ -123,7 +126,7 @@ def sparsify(model: nn.Module, masks: Masks | None = None) -> nn.Module:
     return model
 
 
-def densify(model: nn.Module) -> nn.Module:
+def densify(model: ModuleT) -> ModuleT:
     """Undo `sparsify`: plain layers without masks, with the values that the weights have now.
 
     Parameters

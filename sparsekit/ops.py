@@ -292,7 +292,7 @@ def topk_mask(
         if tensor.dtype not in _KEY_DTYPES or tensor.layout != torch.strided:
             raise ArgumentTypeError(
                 f"tensors: expected dense float32, float16 or bfloat16, but {name} is "
-                f"{tensor.dtype} ({tensor.layout}); convert it, for instance with .float()"
+                f"{tensor.dtype} ({tensor.layout}); convert it with .float() or .to_dense()"
             )
         if tensor.is_meta:
             raise ArgumentTypeError(f"tensors: {name} is a meta tensor and has no values")

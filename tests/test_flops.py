@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,8 @@ class Skip(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
-        return x + self.twice(self.twice(x).relu())
+        y: Tensor = x + self.twice(self.twice(x).relu())
+        return y
 
 
 def frozen_start() -> nn.Module:
@@ -31,7 +34,7 @@ def frozen_start() -> nn.Module:
     return model
 
 
-MODELS = {
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "brain-age-2mm": (lambda: BrainAgeCNN(width=0.05), (1, 1, 91, 109, 91)),
     "brain-age-4mm": (lambda: BrainAgeCNN((46, 55, 46), width=0.25), (2, 1, 46, 55, 46)),
     "strided": (lambda: nn.Conv3d(2, 3, (3, 2, 3), stride=(2, 1, 3), padding=1), (2, 2, 7, 8, 9)),

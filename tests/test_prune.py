@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -316,7 +317,7 @@ def test_sparsity_report_counts_over_prunable_weights_and_over_all() -> None:
 
 
 def test_masks_of_torch_are_adopted() -> None:
-    model = nn.Sequential(nn.Conv3d(2, 4, 3), nn.ReLU(), nn.Linear(3, 2))
+    model: Any = nn.Sequential(nn.Conv3d(2, 4, 3), nn.ReLU(), nn.Linear(3, 2))
     parameters = {id(p) for p in model.parameters()}
     torch_prune.random_unstructured(model[0], "weight", amount=0.6)
     torch_prune.l1_unstructured(model[0], "bias", amount=1)
@@ -349,7 +350,7 @@ def test_masks_of_torch_are_adopted() -> None:
 
 
 def test_apply_masks_changes_nothing_if_one_mask_does_not_fit() -> None:
-    model = nn.Sequential(MaskedConv3d(1, 2, 3), nn.Linear(2, 2))
+    model: Any = nn.Sequential(MaskedConv3d(1, 2, 3), nn.Linear(2, 2))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     good = torch.zeros(2, 1, 3, 3, 3, dtype=torch.bool)
     for bad in ({"1.weight": torch.ones(3, dtype=torch.bool)}, {"2.weight": good}):
