@@ -28,7 +28,7 @@ inside the brain, so that dark voxels in it are cerebrospinal fluid."""
 _GRID_WIDTH_MM = 182.0
 _FLUID_PERCENT = 1.0  # of the box: fluid in everybody, whose ventricles fill 5 % of it and more
 _N_FOLDS = 5
-_PENALTIES = 10.0 ** np.arange(-4, 3.1, 0.5)  # times the mean eigenvalue of the Gram matrix
+_PENALTIES = 10.0 ** np.arange(-4, 3.1, 0.25)  # times the mean eigenvalue of the Gram matrix
 
 Floats = npt.NDArray[np.float64]
 
@@ -214,24 +214,29 @@ def _ridge(
     if not used.any() or len(y) < 2:
         return np.full(len(x_test), y.mean()), "no voxel varies: the mean age"
     centre = x[:, used].mean(axis=0, dtype=np.float64)
-    z = ((x[:, used] - centre) / spread[used]).astype(np.float32)
-    z_test = ((x_test[:, used] - centre) / spread[used]).astype(np.float32)
+    # Voxels that hardly vary lie at the rim of the brain; dividing by their tiny spread would
+    # make them the loudest.
+    scale = np.maximum(spread[used], 0.5 * np.median(spread[used]))
+    z = ((x[:, used] - centre) / scale).astype(np.float32)
+    z_test = ((x_test[:, used] - centre) / scale).astype(np.float32)
     gram = (z @ z.T).astype(np.float64)
-    scale = np.trace(gram) / len(y)
+    mean_eigenvalue = float(np.trace(gram)) / len(y)
     errors = np.zeros(len(_PENALTIES))
     for fold in np.unique(folds):
         held = folds == fold
         if held.all() or not held.any():
             continue
-        guesses = _solve(gram[np.ix_(~held, ~held)], gram[np.ix_(held, ~held)], y[~held], scale)
+        guesses = _solve(
+            gram[np.ix_(~held, ~held)], gram[np.ix_(held, ~held)], y[~held], mean_eigenvalue
+        )
         errors += np.abs(guesses - y[held]).sum(axis=1)
-    best = int(np.argmin(errors))
-    guesses = _solve(gram, (z_test @ z.T).astype(np.float64), y, scale)
+    best = len(errors) - 1 - int(np.argmin(errors[::-1]))  # of equals, the strongest
+    guesses = _solve(gram, (z_test @ z.T).astype(np.float64), y, mean_eigenvalue)
     return guesses[best], f"penalty {_PENALTIES[best]:.3g} of the mean eigenvalue"
 
 
-def _solve(gram: Floats, cross: Floats, y: Floats, scale: float) -> Floats:
-    """Return predictions, (penalties, m), with the intercept left unpenalised by centring."""
+def _solve(gram: Floats, cross: Floats, y: Floats, unit: float) -> Floats:
+    """Return predictions, (penalties, m); penalties count in `unit`, the intercept has none."""
     column_mean = gram.mean(axis=0)
     centred = gram - column_mean - column_mean[:, None] + column_mean.mean()
     cross = cross - cross.mean(axis=1, keepdims=True) - column_mean + column_mean.mean()
@@ -240,7 +245,7 @@ def _solve(gram: Floats, cross: Floats, y: Floats, scale: float) -> Floats:
     turned = cross @ vectors
     return np.stack(
         [
-            y.mean() + turned @ (projected / (np.maximum(values, 0) + penalty * scale))
+            y.mean() + turned @ (projected / (np.maximum(values, 0) + penalty * unit))
             for penalty in _PENALTIES
         ]
     )
