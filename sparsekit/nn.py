@@ -10,7 +10,6 @@ from sparsekit import masks as _masks
 from sparsekit import ops, prune
 from sparsekit.types import Masks
 
-
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 

@@ -158,7 +158,7 @@ def by_moving(model: nn.Module) -> nn.Module:
 
 
 def by_assigning(model: nn.Module) -> nn.Module:
-    other = sparsify(make_model(seed=8), make_masks(model, 0.2))
+    other: nn.Module = sparsify(make_model(seed=8), make_masks(model, 0.2))
     other.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
     return other
 

@@ -187,7 +187,8 @@ def test_works_under(name: str) -> None:
         assert y.dtype == torch.bfloat16
         assert float((y - expected).detach().abs().max()) < 0.05
     elif name == "compile":
-        y = torch.compile(model, backend="eager", fullgraph=True)(x)
+        compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+        y = compiled(x)
         assert torch.equal(y, expected)
     elif name == "checkpoint":
         y = checkpoint(model, x, use_reentrant=False)
