@@ -146,13 +146,17 @@ def _shift_border(
 
 def _thin(gm: Floats, *, where: Floats, pattern: Floats, room: Floats, wanted: float) -> Floats:
     """Turn GM into fluid, or fluid into GM, in proportion to ``where``, up to a volume."""
+    most = np.maximum(room, 0)
     amount = 0.0
     thinned = gm
-    for _ in range(3):
+    for _ in range(4):
         loss = np.clip(np.float32(amount) * where + pattern, -_MOST_GAINED, _MOST_LOST)
-        thinned = floats(np.clip(gm * (1 - loss), 0, np.maximum(room, 0)))
+        thinned = floats(np.clip(gm * (1 - loss), 0, most))
         error = float(thinned.sum(dtype=np.float64)) - wanted
-        amount += error / float((gm * where).sum(dtype=np.float64))
+        # Voxels at their limit no longer follow: the others must make up for them.
+        free = gm * where
+        free[(thinned >= most) if error < 0 else (loss >= _MOST_LOST)] = 0
+        amount += error / max(float(free.sum(dtype=np.float64)), 1.0)
     return thinned
 
 

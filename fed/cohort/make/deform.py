@@ -27,7 +27,7 @@ _VENTRICLE_UNEVEN_MM = 60.0
 _SIDE_SD = 0.15
 # Heads end at most this far outside the brain's surface (skull-strip margin plus blur).
 _RIM_MM = 6.0
-_ROUNDS = 2
+_ROUNDS = 3
 
 # Amplitudes at which the size of each deep structure is tabulated: mm for the lateral ventricles,
 # for the rest the relative change of length at the middle (positive widens the third ventricle

@@ -37,3 +37,31 @@ def achieved_fractions(template: Template, anatomy: Anatomy) -> NDArray[np.float
     sums["wm_hypointensities"] = float(anatomy.lesions.sum(dtype=np.float64))
     brain_mm3 = anatomy.deformation.brain_mm3
     return np.array([sums[name] * voxel_mm3 / brain_mm3 for name in STRUCTURES])
+
+
+def ventricle_fluid(template: Template, anatomy: Anatomy, image: NDArray[np.int16]) -> float:
+    """Count dark voxels around the lateral ventricles in an image, as a share of the brain.
+
+    The place is known from the head's deformation, what is there from the image alone.
+
+    Parameters
+    ----------
+    template : Template
+        That the head was bent from.
+    anatomy : Anatomy
+        The head.
+    image : ndarray, (x, y, z), int16
+        Its scan, best without noise and shading.
+
+    Returns
+    -------
+    float
+        How much fluid there is: 1 for a voxel as dark as the darkest tenth, 0 for one as bright
+        as the median voxel of the head.
+    """
+    box = image[template.box].reshape(-1)[anatomy.deformation.voxels].astype(np.float64)
+    inside = sample(template.deep, anatomy.deformation.source)[:, 0] > 0
+    bright, dark = np.median(box[box > 0]), np.percentile(box[inside], 1)
+    darkness = np.clip((bright - box) / (bright - dark), 0, 1)
+    voxel_mm3 = template.resolution**3
+    return float(darkness[inside].sum() * voxel_mm3 / anatomy.deformation.brain_mm3)
