@@ -97,10 +97,13 @@ class MaskHold:
             return
         parameter = module._parameters[self.name]
         mask = module._buffers[self.name + MASK_SUFFIX]
-        assert parameter is not None
         assert mask is not None
-        if parameter.__dict__.get(_ATTRIBUTE) is not mask and not parameter.is_meta:
+        # A functional call lends the module tensors that are not its parameters.
+        if not isinstance(parameter, nn.Parameter):
+            return
+        if self.parameter is not parameter or self.mask is not mask:
             self.parameter, self.mask = parameter, mask
+        if parameter.__dict__.get(_ATTRIBUTE) is not mask:
             _hold(parameter, mask)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -116,7 +116,8 @@ def sparsify(model: ModuleT, masks: Masks | None = None) -> ModuleT:
         prune.check_masks(model, masks, adopting=True)
     prune.adopt_torch_masks(model)
     for name, module in model.named_modules():
-        if type(module) is nn.Conv3d:
+        # A weight that is computed from other parameters (weight_norm) cannot hold a mask.
+        if type(module) is nn.Conv3d and module._parameters.get("weight") is not None:
             _become(module, MaskedConv3d)
             cast(MaskedConv3d, module)._start_masked()
             _masks.module_holds(module)["weight"].layer = name

@@ -213,6 +213,28 @@ def test_threads_training_different_models_do_not_disturb_each_other() -> None:
     assert not failures
 
 
+def test_layers_that_share_a_weight_share_its_mask() -> None:
+    model: Any = nn.Sequential(nn.Conv3d(1, 1, 3, padding=1), nn.Conv3d(1, 1, 3, padding=1))
+    model[1].weight = model[0].weight
+    mask = torch.arange(27).reshape(1, 1, 3, 3, 3) % 2 == 0
+    sparsify(model, {"0.weight": mask})
+    assert torch.equal(model[1].mask, mask)
+    optimizer = OPTIMIZERS["adam"](model.parameters())
+    for _ in range(3):
+        model(torch.ones(1, 1, 4, 4, 4)).square().sum().backward()
+        optimizer.step()
+        assert_held(model, {"0.weight": mask})
+
+
+def test_a_functional_call_leaves_the_hold_alone() -> None:
+    model = sparsify(make_model(), make_masks(make_model()))
+    lent = {name: p.detach().clone() for name, p in model.named_parameters()}
+    torch.func.functional_call(model, lent, (torch.ones(1, 1, 5, 5, 5),))
+    holds = masks.module_holds(model[0])
+    assert holds["weight"].parameter is model[0].weight
+    assert copy.deepcopy(model[0]).density == model[0].density
+
+
 def test_masks_die_with_their_model() -> None:
     before = len(masks.live_holds())
     model: Any = sparsify(make_model(), make_masks(make_model()))

@@ -136,6 +136,20 @@ def test_only_plain_convolutions_are_swapped() -> None:
     torch.testing.assert_close(model[0](x), expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+@pytest.mark.parametrize(
+    "reparametrise", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm],
+    ids=["hook", "parametrization"],
+)  # fmt: skip
+def test_convolutions_with_a_computed_weight_stay_as_they_are(reparametrise: Any) -> None:
+    model: Any = nn.Sequential(reparametrise(nn.Conv3d(1, 2, 3)), nn.Conv3d(2, 1, 1))
+    kind = type(model[0])
+    expected = model(torch.ones(1, 1, 3, 3, 3)).detach()
+    sparsify(model)
+    assert [type(m) for m in model] == [kind, MaskedConv3d]
+    torch.testing.assert_close(model(torch.ones(1, 1, 3, 3, 3)), expected)
+
+
 def test_masks_of_torch_are_adopted_on_the_way() -> None:
     model: Any = nn.Sequential(nn.Conv3d(1, 4, 3))
     torch_prune.l1_unstructured(model[0], "weight", amount=0.75)

@@ -1,6 +1,8 @@
 import math
+import re
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -301,6 +303,14 @@ def test_bad_arguments_are_refused(
 ) -> None:
     with pytest.raises(error, match=text):
         call()
+
+
+def test_the_user_page_runs() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "pruning.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "docs/pruning.md", "exec"), {})
 
 
 def test_sparsity_report_counts_over_prunable_weights_and_over_all() -> None:

@@ -1,30 +1,16 @@
-"""Exact magnitude pruning: which weights stay, and making a model hold the choice."""
+"""Masks that keep the weights of largest magnitude."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune as torch_prune
 
-from sparsekit import masks as _masks
 from sparsekit.errors import ArgumentError, EmptiedLayerWarning
-from sparsekit.masks import masks_of, prunable_parameters
+from sparsekit.masks import check_mask, prunable_parameters
 from sparsekit.ops import topk_mask
 from sparsekit.types import Masks, State
-
-__all__ = [
-    "adopt_torch_masks",
-    "apply_masks",
-    "check_masks",
-    "magnitude_masks",
-    "majority_vote",
-    "masks_of",
-    "paper_masks",
-    "prunable_parameters",
-    "zero_outside",
-]
 
 SCOPES = ("global", "layer", "erk")
 GRANULARITIES = ("weight",)
@@ -109,7 +95,7 @@ def magnitude_masks(
                 f"within: expected one mask per tensor; without a partner: {differing}"
             )
         for name, tensor in tensors.items():
-            _masks.check_mask(name, within[name], tensor)
+            check_mask(name, within[name], tensor)
         alive = {name: int(within[name].count_nonzero()) for name in tensors}
 
     total = sum(t.numel() for t in tensors.values())
@@ -226,8 +212,11 @@ def _best_per_filter(tensor: Tensor, within: Tensor | None, least: int) -> Tenso
     size = rows.detach().abs().float().cpu().numpy()
     if within is not None:
         size = np.where(within.reshape(size.shape).cpu().numpy(), size, -1.0)
-    # A stable sort keeps the order of equal magnitudes: the first wins, as in topk_mask.
-    best = np.argsort(-size, axis=1, kind="stable")[:, :least]
+    # Both keep the order of equal magnitudes: the first wins, as in topk_mask.
+    if least == 1:
+        best = size.argmax(axis=1)[:, None]
+    else:
+        best = np.argsort(-size, axis=1, kind="stable")[:, :least]
     chosen = np.zeros(size.shape, np.bool_)
     np.put_along_axis(chosen, best, np.take_along_axis(size, best, axis=1) >= 0.0, axis=1)
     return torch.from_numpy(chosen.reshape(tensor.shape)).to(tensor.device)
@@ -275,121 +264,3 @@ def paper_masks(tensors: State, sparsity: float) -> dict[str, Tensor]:
         if bool(largest[name].any())
     )  # fmt: skip
     return {name: t.detach().float().abs() >= threshold for name, t in tensors.items()}
-
-
-def majority_vote(masks_of_clients: Sequence[Masks]) -> dict[str, Tensor]:
-    """Keep what at least half of the clients keep (rounded down, at least one).
-
-    Parameters
-    ----------
-    masks_of_clients : sequence of mapping of bool Tensor
-        All with the same names and shapes.
-
-    Returns
-    -------
-    dict of Tensor, bool
-        True where ``votes >= max(1, n // 2)`` for n clients, so that a tie keeps.
-    """
-    if not masks_of_clients:
-        raise ArgumentError("masks_of_clients: expected at least one client's masks, got none")
-    first = masks_of_clients[0]
-    for i, masks in enumerate(masks_of_clients):
-        if masks.keys() != first.keys():
-            differing = sorted(masks.keys() ^ first.keys())
-            raise ArgumentError(f"masks_of_clients: client {i} differs from 0 in {differing}")
-        for name, mask in masks.items():
-            _masks.check_mask(f"{name} of client {i}", mask, first[name])
-    needed = max(1, len(masks_of_clients) // 2)
-    return {
-        name: sum((m[name].to(torch.int32) for m in masks_of_clients), torch.tensor(0)) >= needed
-        for name in first
-    }
-
-
-def check_masks(model: nn.Module, masks: Masks, *, adopting: bool = False) -> None:
-    """Raise unless each mask is a bool tensor of the shape of a parameter of the model.
-
-    With `adopting`, parameters that `torch.nn.utils.prune` holds under another name count too.
-    """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, mask in masks.items():
-        parameter = parameters.get(name)
-        if parameter is None and adopting:
-            parameter = parameters.get(f"{name}_orig")
-        if parameter is None:
-            raise ArgumentError(
-                f"masks: the model has no parameter {name!r}; if torch.nn.utils.prune renamed it, "
-                "call sparsekit.prune.adopt_torch_masks first"
-            )
-        _masks.check_mask(name, mask, parameter)
-
-
-def apply_masks(model: nn.Module, masks: Masks) -> None:
-    """Set pruned parameters to 0 and hold them there through every optimizer step.
-
-    Parameters
-    ----------
-    model : Module
-        Changed in place. Layers keep their kind; `sparsekit.sparsify` makes them skip weights.
-    masks : mapping of bool Tensor
-        By parameter name; copied. Parameters without a mask are left as they are.
-
-    Raises
-    ------
-    ArgumentError, ArgumentTypeError
-        A mask does not fit the model; nothing has been changed then.
-    """
-    check_masks(model, masks)
-    for name, mask in masks.items():
-        layer, _, parameter = name.rpartition(".")
-        _masks.attach(model.get_submodule(layer), parameter, mask, layer)
-
-
-def zero_outside(tensors: State, masks: Masks) -> None:
-    """Set pruned entries to 0.0 in place, whatever stands there (also NaN and -0.0).
-
-    Parameters
-    ----------
-    tensors : mapping of Tensor
-        Changed in place.
-    masks : mapping of bool Tensor
-        Each of the shape of the tensor with its name; tensors without a mask stay as they are.
-    """
-    for name, mask in masks.items():
-        if name not in tensors:
-            raise ArgumentError(f"masks: there is no tensor {name!r}")
-        _masks.check_mask(name, mask, tensors[name])
-    with torch.no_grad():
-        for name, mask in masks.items():
-            tensors[name].masked_fill_(~mask, 0.0)
-
-
-def adopt_torch_masks(model: nn.Module) -> dict[str, Tensor]:
-    """Take masks made by `torch.nn.utils.prune` over as masks of sparsekit.
-
-    Parameters
-    ----------
-    model : Module
-        Changed in place: torch's hooks and ``*_orig`` parameters go, the same parameter objects
-        stand under their plain names and are held at 0 where pruned.
-
-    Returns
-    -------
-    dict of Tensor, bool
-        The masks that were found, by parameter name; empty if there are none.
-    """
-    adopted = {}
-    for prefix, module in list(model.named_modules()):
-        pruned = [
-            name.removesuffix("_orig")
-            for name in list(module._parameters)
-            if name.endswith("_orig") and name.removesuffix("_orig") + "_mask" in module._buffers
-        ]
-        for name in pruned:
-            mask = module._buffers[name + _masks.MASK_SUFFIX]
-            assert mask is not None
-            mask = mask.bool().clone()
-            torch_prune.remove(module, name)
-            _masks.attach(module, name, mask, prefix)
-            adopted[f"{prefix}.{name}" if prefix else name] = mask
-    return adopted
