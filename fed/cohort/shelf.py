@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
+
 from sparsekit.fed.cohort.scans import Scan
 
 LAYOUT = 1

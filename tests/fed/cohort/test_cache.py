@@ -124,13 +124,16 @@ def test_a_changed_file_never_takes_the_old_array(
     scans: list[Scan], tmp_path: Path, write_brain: WriteBrain
 ) -> None:
     root = tmp_path / "cache"
+    path = write_brain(tmp_path / "plain.nii", 5)
+    scans[1] = replace(scans[1], path=path)
     before = np.array(build(scans, root).images)
-    stat = scans[1].path.stat()
-    write_brain(tmp_path / "new.nii.gz", 77)
-    # The same size and time as before, as a careless copy leaves them.
-    content = (tmp_path / "new.nii.gz").read_bytes()
-    scans[1].path.write_bytes(content)
-    os.utime(scans[1].path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    stat = path.stat()
+    content = write_brain(tmp_path / "other.nii", 77).read_bytes()
+    with path.open("r+b") as file:
+        file.write(content)
+    # Size, time and inode are as before, as some copying tools leave them.
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_size == stat.st_size
     after = build(scans, root).images
     np.testing.assert_array_equal(after[[0, 2]], before[[0, 2]])
     assert np.any(after[1] != before[1])
