@@ -113,7 +113,7 @@ def train_locally(
                 x = torch.where(flip.view(-1, 1, 1, 1, 1), x.flip(2), x)
             optimizer.zero_grad(set_to_none=True)
             loss = torch.mean(((model(x) - y) / plan.age_scale) ** 2)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             samples += len(positions)
             steps += 1

@@ -12,7 +12,7 @@ Out = Annotated[Path, typer.Option("--out", help="Folder of the run, to be made.
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 Cache = Annotated[
     Path | None,
-    typer.Option("--cache", help="Folder for prepared scans, shared by runs. [default: RUN/../cache]"),
+    typer.Option("--cache", help="Folder of prepared scans, for all runs. [default: RUN/../cache]"),
 ]
 
 
@@ -29,7 +29,7 @@ def run_command(
     epochs: Annotated[int | None, typer.Option(help="Local passes per round.")] = None,
     batch: Annotated[int | None, typer.Option(help="Scans per optimizer step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    width: Annotated[float | None, typer.Option(help="Width of the network; 1 is the paper's.")] = None,
+    width: Annotated[float | None, typer.Option(help="Of the network; 1 is the paper's.")] = None,
     scope: Annotated[str | None, typer.Option(help="Pruning scope: global | layer | erk")] = None,
     resolution: Annotated[int | None, typer.Option(help="Grid to train on: 2 or 4 mm.")] = None,
     normalisation: Annotated[

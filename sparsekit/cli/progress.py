@@ -16,7 +16,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from sparsekit.fed.compare import load_result, paired_difference, run_names
+from sparsekit.fed.compare import load_result, run_names
+from sparsekit.fed.tables import difference_cells, format_bytes, line_items, saving_cells
 
 
 class LiveWatcher:
@@ -83,7 +84,7 @@ class LiveWatcher:
         self._console.print(
             f"{self._title}: after round {entry['round']:3d}  test MAE {error}  "
             f"sparsity {entry['sparsity_prunable']:6.2%}  "
-            f"sent {_bytes(entry['payload_down'] + entry['payload_up'])}",
+            f"sent {format_bytes(entry['payload_down'] + entry['payload_up'])}",
             markup=False,
         )
 
@@ -92,75 +93,29 @@ class LiveWatcher:
         self._console.print(text, markup=False)
 
 
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
-
-
-def _flops(count: float) -> str:
-    for unit in ("", "k", "M", "G", "T", "P"):
-        if count < 1000:
-            return f"{count:.2f} {unit}FLOP"
-        count /= 1000
-    return f"{count:.2f} EFLOP"
-
-
-def _rows(result: Mapping[str, Any]) -> dict[str, str]:
-    """Return a run's line items, in the order of the tables."""
-    accuracy, sparsity = result["accuracy"], result["sparsity"]
-    down, up = result["bytes"]["down"], result["bytes"]["up"]
-    data = result["data"]
-    rows = {"test MAE": f"{accuracy['test_mae']:.2f} years"}
-    for name, one in result["yardsticks"].items():
-        rows[f"  beside it: {name}"] = f"{one['test_mae']:.2f} years"
-    ratio = accuracy["test_mae"] / result["yardsticks"]["mean predictor"]["test_mae"]
-    rows["  test MAE / mean predictor"] = f"{ratio:.3f}"
-    rows |= {
-        "people": f"{data['train_n']} trained on, {data['test_n']} held out, {data['sites']} sites",
-        "ages": f"{data['age_min']:.0f} to {data['age_max']:.0f}",
-        "final sparsity (prunable / all)": f"{sparsity['prunable']:.2%} / {sparsity['all']:.2%}",
-        "payload down": _bytes(down["payload"]),
-        "payload up": _bytes(up["payload"]),
-        "  the same uncompressed, dense": _bytes(
-            down["dense_equivalent"] + up["dense_equivalent"]
-        ),
-        "transport (payload + control + framing)": _bytes(down["transport"] + up["transport"]),
-        "training FLOPs counted": _flops(result["flops"]["counted"]),
-        "training FLOPs executed": _flops(result["flops"]["executed"]),
-        "wall clock of the rounds": f"{result['seconds']:.1f} s",
-    }
-    return rows
-
-
 def print_result(run: Path, result: Mapping[str, Any]) -> None:
     """Print a finished run as a table."""
-    table = Table(title=f"{result['config']['strategy']}, seed {result['config']['seed']}: {run}")
+    table = Table(title=f"{run}, seed {result['config']['seed']}")
     table.add_column("measure")
     table.add_column("value", justify="right")
-    for name, value in _rows(result).items():
+    for name, value in line_items(result).items():
         table.add_row(name, value)
-    for site, mae in result["accuracy"]["site_mae"].items():
-        table.add_row(f"  {site} ({result['accuracy']['site_n'][site]} held out)", f"{mae:.2f} years")
+    accuracy = result["accuracy"]
+    for site, mae in accuracy["site_mae"].items():
+        table.add_row(f"  {site} ({accuracy['site_n'][site]} held out)", f"{mae:.2f} years")
     Console(highlight=False).print(table)
 
 
 def print_comparison(runs: list[Path]) -> None:
     """Print runs side by side, with each run's paired difference to the first."""
-    results = [load_result(run) for run in runs]
+    columns = [line_items(load_result(run)) for run in runs]
     table = Table(title="Runs side by side")
     table.add_column("measure")
     for name in run_names(runs):
         table.add_column(name, justify="right")
-    columns = [_rows(result) for result in results]
-    table.add_row("strategy", *(result["config"]["strategy"] for result in results))
     for name in columns[0]:
         table.add_row(name, *(column.get(name, "-") for column in columns))
-    cells = ["-"]
-    for run in runs[1:]:
-        found = paired_difference(run, runs[0])
-        cells.append(f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}] years")
-    table.add_row("MAE minus the first run's [95 % paired interval]", *cells)
+    for name, cells in saving_cells(runs).items():
+        table.add_row(name, *cells)
+    table.add_row("MAE minus the first's [95 %, paired]", *difference_cells(runs))
     Console(highlight=False).print(table)

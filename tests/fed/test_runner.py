@@ -7,7 +7,7 @@ import torch
 
 from sparsekit.codec import decode, decode_masks
 from sparsekit.errors import RunError, UsageError
-from sparsekit.fed import runner
+from sparsekit.fed import rounds, runner
 from sparsekit.fed.config import RunConfig
 from sparsekit.fed.ledger import Ledger, LedgerRow
 from sparsekit.fed.runner import Silent, resume_run, start_run
@@ -109,7 +109,7 @@ def test_resume_ends_bit_identical(
     config = make(tiny_cohort, strategy=strategy)
     start_run(config, whole, cache=tiny_cache)
 
-    play_round = runner.play_round
+    play_round = rounds.play_round
 
     def failing(state: Any, *args: Any) -> Any:
         outcome = play_round(state, *args)
@@ -119,7 +119,7 @@ def test_resume_ends_bit_identical(
             raise KeyboardInterrupt
         return outcome
 
-    monkeypatch.setattr(runner, "play_round", failing)
+    monkeypatch.setattr("sparsekit.fed.runner.play_round", failing)
     with pytest.raises(runner.InterruptedRunError, match="sparsekit fed resume"):
         start_run(config, broken, cache=tiny_cache)
     monkeypatch.undo()
