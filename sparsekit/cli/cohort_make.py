@@ -36,26 +36,30 @@ def make(
     if is_finished(out, settings):
         console.print(f"{out} already holds exactly this cohort; kept as it is", markup=False)
         return
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    ) as bar:
-        task = bar.add_task("making scans", total=subjects)
-        make_cohort(
-            out,
-            subjects=subjects,
-            sites=sites,
-            resolution=resolution,
-            environment=environment,
-            seed=seed,
-            residual_scale=residual_scale,
-            workers=workers,
-            progress=lambda done, _: bar.update(task, completed=done),
-        )
+    try:
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        ) as bar:
+            task = bar.add_task("making scans", total=subjects)
+            make_cohort(
+                out,
+                subjects=subjects,
+                sites=sites,
+                resolution=resolution,
+                environment=environment,
+                seed=seed,
+                residual_scale=residual_scale,
+                workers=workers,
+                progress=lambda done, _: bar.update(task, completed=done),
+            )
+    except KeyboardInterrupt:
+        console.print(f"interrupted: nothing was kept of {out}", markup=False)
+        raise
     console.print(
         f"{out}: {subjects} synthetic scans at {resolution} mm, {sites} sites", markup=False
     )

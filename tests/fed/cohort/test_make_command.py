@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from sparsekit.cli import main
+from sparsekit.fed.cohort.make import cohort as cohort_module
 
 
 def run(*arguments: str) -> int:
@@ -37,6 +38,18 @@ def test_make_writes_a_cohort_and_then_keeps_it(
     assert "seed 5 there, 6 asked" in capsys.readouterr().err
 
 
+def test_ctrl_c_says_that_nothing_was_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cohort_module, "write_scan", interrupt)
+    assert run(str(tmp_path / "cohort"), "--subjects", "4", "--sites", "1") == 130
+    assert "interrupted: nothing was kept" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -44,10 +57,10 @@ def test_make_writes_a_cohort_and_then_keeps_it(
         pytest.param(("--subjects", "8", "--resolution", "1"), "expected 2 or 4", id="resolution"),
         pytest.param(("--subjects", "80", "--environment", "x"), "choose uniform-iid", id="name"),
         pytest.param(("--subjects", "80", "--workers", "0"), "workers", id="workers"),
-        pytest.param(("--subjects", "many"), "many", id="no number"),
+        pytest.param(("--subjects", "many"), "--subjects", id="no number"),
     ],
 )
-def test_bad_options_are_one_line_and_exit_code_2(
+def test_bad_options_are_named_and_exit_with_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], text: str
 ) -> None:
     assert run(str(tmp_path / "cohort"), *options) == 2
