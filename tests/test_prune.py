@@ -186,6 +186,22 @@ def test_erk_densities_follow_the_sum_of_the_sizes(s: float) -> None:
         assert factor * sum(weights[name].shape) >= weights[name].numel() - 1
 
 
+@pytest.mark.parametrize(
+    ("s", "counts"),
+    [
+        # 16 kept in proportion 5 : 8 : 20 are 2 14/33, 3 29/33 and 9 23/33.
+        pytest.param(0.87, [2, 4, 10], id="largest-remainders-round-up"),
+        # 61 kept fill the first; its surplus goes on: 55 in proportion 8 : 20.
+        pytest.param(0.5, [6, 16, 39], id="full-layer"),
+    ],
+)
+def test_erk_counts_worked_out_by_hand(s: float, counts: list[int]) -> None:
+    random = torch.Generator().manual_seed(1)
+    tensors = {str(n): torch.randn(n, generator=random) for n in ((2, 3), (4, 4), (10, 10))}
+    masks = prune.magnitude_masks(tensors, s, scope="erk", min_per_filter=0)
+    assert [int(m.sum()) for m in masks.values()] == counts
+
+
 def test_masks_at_rising_sparsity_are_nested() -> None:
     tensors = random_tensors()
     outer: dict[str, Tensor] | None = None

@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsekit.ops import masked_conv3d
@@ -265,3 +267,37 @@ def test_half_inputs_give_half_outputs(dtype: torch.dtype) -> None:
     # One rounding of the result and of nothing else of that size.
     error = (y.double() - exact).detach().abs().max() / exact.detach().abs().max()
     assert float(error) < torch.finfo(dtype).eps
+
+
+axis = st.tuples(
+    st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2), st.integers(1, 2)
+)  # size, kernel, stride, padding, dilation
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture],
+)
+@given(
+    axes=st.tuples(axis, axis, axis),
+    batch=st.integers(0, 2),
+    channels=st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 3)),
+    density=st.sampled_from(DENSITIES),
+)
+def test_drawn_shapes_equal_loops(
+    compare: Compare,
+    axes: tuple[tuple[int, ...], ...],
+    batch: int,
+    channels: tuple[int, int, int],
+    density: str,
+) -> None:
+    by_argument = [(values[0], values[1], values[2]) for values in zip(*axes, strict=True)]
+    grid, kernel, stride, padding, dilation = by_argument
+    c_in, c_out, groups = channels
+    case = Case(
+        batch, c_in * groups, c_out * groups, grid, kernel, stride, padding, dilation, groups
+    )
+    assume(min(case.out) >= 1)
+    check_case(case, density, torch.float64, compare)
