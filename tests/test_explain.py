@@ -14,6 +14,11 @@ from sparsekit.ops import explain, topk_mask
 
 
 @pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(1)
+
+
+@pytest.fixture(autouse=True)
 def no_earlier_calls() -> Iterator[None]:
     dispatch.clear_records()
     yield

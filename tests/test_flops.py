@@ -13,6 +13,11 @@ from sparsekit.nn import sparsify
 from sparsekit.prune import magnitude_masks
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(1)
+
+
 class Skip(nn.Module):
     """Uses one layer twice and one never."""
 

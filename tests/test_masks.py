@@ -18,6 +18,12 @@ from sparsekit import masks, prune
 from sparsekit.errors import ArgumentError, ArgumentTypeError
 from sparsekit.nn import densify, sparsify
 
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(1)
+
+
 Parameters = Iterable[nn.Parameter]
 OPTIMIZERS: dict[str, Callable[[Parameters], torch.optim.Optimizer]] = {
     "sgd": lambda p: SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),

@@ -7,6 +7,12 @@ from torch import nn
 from sparsekit.errors import ArgumentError
 from sparsekit.models import BrainAgeCNN
 
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(1)
+
+
 SMALL = (16, 17, 18)
 
 

@@ -14,6 +14,11 @@ from sparsekit.masks import masks_of
 from sparsekit.nn import MaskedConv3d, densify, sparsify
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(1)
+
+
 class OwnConv(nn.Conv3d):
     """A subclass computes what it likes and must not be swapped."""
 

@@ -17,6 +17,12 @@ from sparsekit.models import BrainAgeCNN
 from sparsekit.nn import MaskedConv3d
 from sparsekit.ops import topk_mask
 
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(1)
+
+
 SPARSITIES = [0.0, 0.1, 1 / 3, 0.5, 0.9, 0.95, 0.99, 1.0]
 
 
