@@ -210,11 +210,12 @@ def is_finished(root: Path, settings: CohortSettings) -> bool:
 @contextmanager
 def _all_or_nothing(root: Path) -> Iterator[Path]:
     """Give a folder beside the final one and rename it at the end, or remove it."""
-    partial = root.parent / f".{root.name}.{secrets.token_hex(4)}.partial"
+    final = root.absolute()
+    partial = final.parent / f".{final.name}.{secrets.token_hex(4)}.partial"
     partial.mkdir(parents=True)
     try:
         yield partial
-        partial.rename(root)
+        partial.rename(final)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

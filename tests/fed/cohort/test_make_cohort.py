@@ -73,7 +73,7 @@ def check_scan(path: Path, resolution: int, shape: tuple[int, int, int]) -> None
     assert nib.orientations.aff2axcodes(image.affine) == ("R", "A", "S")
     expected = np.diag([resolution, resolution, resolution, 1.0])
     expected[:3, 3] = (-90, -126, -72)
-    assert np.array_equal(image.affine, expected)
+    assert np.array_equal(np.asarray(image.affine), expected)
     assert np.array_equal(np.asarray(image.header.get_qform()), expected)
     assert int(image.header["sform_code"]) == int(image.header["qform_code"]) == 4
     assert image.header.get_xyzt_units()[0] == "mm"
