@@ -55,6 +55,7 @@ def run_command(
 ) -> None:
     """Train a brain-age network over the sites of a cohort and write a report."""
     from sparsekit.cli.progress import LiveWatcher, print_result
+    from sparsekit.fed.allocator import keep_freed_memory
     from sparsekit.fed.config import load_config_file, make_config
     from sparsekit.fed.runner import start_run
 
@@ -80,6 +81,7 @@ def run_command(
     }
     line = {name: value for name, value in given.items() if value is not None}
     settings = make_config(load_config_file(config) if config else {}, line)
+    keep_freed_memory()
     with LiveWatcher(settings.strategy) as watcher:
         result = start_run(settings, out, cache=cache, watcher=watcher)
     print_result(out, result)
@@ -90,8 +92,10 @@ def run_command(
 def resume_command(run: RunFolder, cache: Cache = None) -> None:
     """Continue an interrupted run; it ends with the same weights as an uninterrupted one."""
     from sparsekit.cli.progress import LiveWatcher, print_result
+    from sparsekit.fed.allocator import keep_freed_memory
     from sparsekit.fed.runner import resume_run
 
+    keep_freed_memory()
     with LiveWatcher(run.name) as watcher:
         result = resume_run(run, cache=cache, watcher=watcher)
     print_result(run, result)
