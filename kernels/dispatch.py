@@ -12,6 +12,7 @@ from typing import Any
 
 from sparsekit.errors import ArgumentError, BackendError
 from sparsekit.kernels.masked_conv3d import reference as conv_reference
+from sparsekit.kernels.norm_pool_relu import reference as norm_pool_relu_reference
 from sparsekit.kernels.topk_mask import reference as topk_reference
 
 BACKENDS = ("reference", "cpu", "triton")
@@ -57,11 +58,26 @@ _CONV_REFERENCE = Implementation(
 )
 _TOPK_REFERENCE = Implementation("reference", lambda: topk_reference.topk_mask, follows_mask=False)
 
+_NORM_POOL_RELU_REFERENCE = Implementation(
+    "reference", lambda: norm_pool_relu_reference.norm_pool_relu, follows_mask=False
+)
+
+
+def _load_norm_pool_relu_cpu() -> Callable[..., Any]:
+    from sparsekit.kernels.norm_pool_relu import autograd
+
+    return autograd.norm_pool_relu
+
+
+_NORM_POOL_RELU_CPU = Implementation("cpu", _load_norm_pool_relu_cpu, follows_mask=False)
+
 # (op, device type) -> implementations, best first. Devices that are not listed take ANY_DEVICE.
 ANY_DEVICE = "any"
 TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {
     ("masked_conv3d", ANY_DEVICE): (_CONV_REFERENCE,),
     ("topk_mask", ANY_DEVICE): (_TOPK_REFERENCE,),
+    ("norm_pool_relu", "cpu"): (_NORM_POOL_RELU_CPU, _NORM_POOL_RELU_REFERENCE),
+    ("norm_pool_relu", ANY_DEVICE): (_NORM_POOL_RELU_REFERENCE,),
 }
 
 

@@ -1,6 +1,5 @@
 """Networks to prune and train."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparsekit.errors import ArgumentError
+from sparsekit.ops import norm_pool_relu
 from sparsekit.types import Size3
 
 PAPER_CHANNELS = (32, 64, 128, 256, 256)
@@ -95,7 +95,7 @@ class BrainAgeCNN(nn.Module):
         channels = [_scaled(c, width) for c in PAPER_CHANNELS[:count]]
         neck = _scaled(PAPER_NECK_CHANNELS, width)
         self.blocks = nn.Sequential(
-            *(_block(c_in, c_out) for c_in, c_out in zip([1, *channels], channels, strict=False))
+            *(_Block(c_in, c_out) for c_in, c_out in zip([1, *channels], channels, strict=False))
         )
         self.neck = nn.Conv3d(channels[-1], neck, 1)
         self.neck_norm = nn.InstanceNorm3d(neck) if last_norm else nn.Identity()
@@ -145,15 +145,20 @@ def _scaled(channels: int, width: float) -> int:
     return max(1, round(channels * width))
 
 
-def _block(c_in: int, c_out: int) -> nn.Sequential:
-    return nn.Sequential(
-        OrderedDict(
-            conv=nn.Conv3d(c_in, c_out, 3, padding=1),
-            norm=nn.InstanceNorm3d(c_out),
-            pool=nn.MaxPool3d(2),
-            relu=nn.ReLU(),
-        )
-    )
+class _Block(nn.Module):
+    """Convolution, instance norm without parameters, 2x2x2 max pooling, ReLU."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(c_in, c_out, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Halve the map, (n, c_in, d, h, w) to (n, c_out, d // 2, h // 2, w // 2)."""
+        return norm_pool_relu(self.conv(x))
+
+    def extra_repr(self) -> str:
+        """Name what follows the convolution."""
+        return "then: instance norm, max pool 2, ReLU"
 
 
 def _block_count(in_shape: Size3, blocks: int | None) -> int:

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsekit.errors import ArgumentError, ArgumentTypeError
+from sparsekit.errors import ArgumentError, ArgumentTypeError, BackendError
 from sparsekit.explanation import Explanation, explain
 from sparsekit.kernels import dispatch
 from sparsekit.types import Size3
 
-__all__ = ["PRECISIONS", "Explanation", "explain", "masked_conv3d", "topk_mask"]
+__all__ = ["PRECISIONS", "Explanation", "explain", "masked_conv3d", "norm_pool_relu", "topk_mask"]
 
 PRECISIONS = ("auto", "ieee", "tf32", "tf32x3", "bf16x3")
 _FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -220,6 +220,52 @@ def _check_voxel_mask(voxel_mask: Tensor, x: Tensor, out_size: tuple[int, ...]) 
             f"got {shape}"
         )
     return voxel_mask
+
+
+def norm_pool_relu(x: Tensor, *, eps: float = 1e-5, backend: str = "auto") -> Tensor:
+    """Instance norm without parameters, 2x2x2 max pooling and ReLU as one op.
+
+    The same function as `torch.nn.InstanceNorm3d`, `torch.nn.MaxPool3d` and `torch.nn.ReLU` in a
+    row, in two passes over memory instead of eight: beside a pruned convolution these are most of
+    a training step's time.
+
+    Parameters
+    ----------
+    x : Tensor, (n, c, d, h, w)
+        At least 2 voxels along each axis; an odd last slice counts for the norm only.
+    eps : float
+        Added to the variance.
+    backend : {"auto", "reference", "cpu"}
+        ``"cpu"`` takes float32 on a CPU and cannot be differentiated twice.
+
+    Returns
+    -------
+    Tensor, (n, c, d // 2, h // 2, w // 2)
+
+    Raises
+    ------
+    ArgumentError
+        The shape does not fit.
+    BackendError
+        The named backend cannot run here.
+    """
+    if x.ndim != 5 or min(x.shape[2:]) < 2:
+        raise ArgumentError(
+            f"x: expected (n, c, d, h, w) with d, h, w >= 2, got shape {tuple(x.shape)}"
+        )
+    suits_cpu = x.dtype == torch.float32 and x.numel() > 0 and not torch.compiler.is_compiling()
+    if backend == "cpu" and not suits_cpu:
+        raise BackendError(
+            f"backend: 'cpu' needs non-empty float32 input outside torch.compile, got {x.dtype} "
+            f"of shape {tuple(x.shape)}; use backend='auto'"
+        )
+    if backend == "auto" and not suits_cpu:
+        backend = "reference"
+    choice = dispatch.resolve("norm_pool_relu", x.device.type, backend)
+    if not (x.is_meta or torch.compiler.is_compiling()):
+        dispatch.record(choice, x.device.type, str(x.dtype).removeprefix("torch."))
+    y: Tensor = choice.implementation.load()(x, eps=eps)
+    return y
 
 
 @overload
