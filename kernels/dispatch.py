@@ -10,6 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
 from sparsekit.errors import ArgumentError, BackendError
 from sparsekit.kernels.masked_conv3d import reference as conv_reference
 from sparsekit.kernels.norm_pool_relu import reference as norm_pool_relu_reference
@@ -128,6 +132,21 @@ def resolve(op: str, device_type: str, backend: str = "auto") -> Choice:
     raise BackendError(
         f"backend: this release has no {backend!r} implementation of {op} for {device_type} "
         f"tensors; use backend='auto' or one of {names}"
+    )
+
+
+def holds_values(x: Tensor) -> bool:
+    """Whether code outside torch may read `x`.
+
+    It may not while torch records or transforms operations instead of running them (tracing,
+    `torch.compile`, `torch.func`), nor may it read a subclass such as a fake tensor.
+    """
+    return (
+        type(x) in (Tensor, Parameter)
+        and not torch.compiler.is_compiling()
+        # Of these two torch has no public form that is typed; its own Python code asks them too.
+        and torch._C._get_tracing_state() is None
+        and not torch._C._are_functorch_transforms_active()
     )
 
 

@@ -226,8 +226,7 @@ def norm_pool_relu(x: Tensor, *, eps: float = 1e-5, backend: str = "auto") -> Te
     """Instance norm without parameters, 2x2x2 max pooling and ReLU as one op.
 
     The same function as `torch.nn.InstanceNorm3d`, `torch.nn.MaxPool3d` and `torch.nn.ReLU` in a
-    row, in two passes over memory instead of eight: beside a pruned convolution these are most of
-    a training step's time.
+    row: beside a pruned convolution these are most of a training step's time.
 
     Parameters
     ----------
@@ -236,7 +235,8 @@ def norm_pool_relu(x: Tensor, *, eps: float = 1e-5, backend: str = "auto") -> Te
     eps : float
         Added to the variance.
     backend : {"auto", "reference", "cpu"}
-        ``"cpu"`` takes float32 on a CPU and cannot be differentiated twice.
+        ``"cpu"`` takes float32. It raises RuntimeError where its gradient is differentiated again
+        or forward-mode derivatives are asked for; ``"reference"`` has both.
 
     Returns
     -------
@@ -244,20 +244,24 @@ def norm_pool_relu(x: Tensor, *, eps: float = 1e-5, backend: str = "auto") -> Te
 
     Raises
     ------
-    ArgumentError
-        The shape does not fit.
+    ArgumentError, ArgumentTypeError
+        The shape does not fit, or `x` is not a floating tensor.
     BackendError
         The named backend cannot run here.
     """
-    if x.ndim != 5 or min(x.shape[2:]) < 2:
+    if not isinstance(x, Tensor):
+        raise ArgumentTypeError(f"x: expected a Tensor, got {type(x).__name__}")
+    if x.ndim != 5 or x.shape[1] < 1 or min(x.shape[2:]) < 2:
         raise ArgumentError(
-            f"x: expected (n, c, d, h, w) with d, h, w >= 2, got shape {tuple(x.shape)}"
+            f"x: expected (n, c, d, h, w) with c >= 1 and d, h, w >= 2, got shape {tuple(x.shape)}"
         )
-    suits_cpu = x.dtype == torch.float32 and x.numel() > 0 and not torch.compiler.is_compiling()
+    if x.dtype not in _FLOAT_DTYPES:
+        raise ArgumentTypeError(f"x: expected a real floating dtype, got {x.dtype}")
+    suits_cpu = x.dtype == torch.float32 and shape[0] > 0 and dispatch.holds_values(x)
     if backend == "cpu" and not suits_cpu:
         raise BackendError(
-            f"backend: 'cpu' needs non-empty float32 input outside torch.compile, got {x.dtype} "
-            f"of shape {tuple(x.shape)}; use backend='auto'"
+            "backend: 'cpu' needs non-empty float32 input outside tracing, torch.compile and "
+            f"torch.func, got a {type(x).__name__}, {x.dtype}, shape {shape}; use backend='auto'"
         )
     if backend == "auto" and not suits_cpu:
         backend = "reference"

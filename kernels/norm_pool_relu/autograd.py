@@ -16,16 +16,17 @@ from sparsekit.kernels.norm_pool_relu import cpu
 # Below this many voxels a call is over before a second thread has started.
 _VOXELS_PER_THREAD = 1 << 16
 
-_pool: ThreadPoolExecutor | None = None
 
-
-def _forget_pool() -> None:
-    """Threads do not survive a fork: the child makes its own."""
+def _new_pool() -> None:
     global _pool
-    _pool = None
+    # Its threads start with the work, not here.
+    _pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="norm_pool_relu")
 
 
-os.register_at_fork(after_in_child=_forget_pool)
+_pool: ThreadPoolExecutor
+_new_pool()
+# Threads do not survive a fork: the child starts its own.
+os.register_at_fork(after_in_child=_new_pool)
 
 
 def _over_channels(work: Callable[[slice], None], channels: int, voxels: int) -> None:
@@ -33,13 +34,10 @@ def _over_channels(work: Callable[[slice], None], channels: int, voxels: int) ->
 
     Channels are independent, so the result does not depend on the number of threads.
     """
-    global _pool
     threads = max(1, min(torch.get_num_threads(), channels, voxels // _VOXELS_PER_THREAD))
     if threads == 1:
         work(slice(0, channels))
         return
-    if _pool is None:
-        _pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="norm_pool_relu")
     edges = [channels * i // threads for i in range(threads + 1)]
     ranges = [slice(a, b) for a, b in itertools.pairwise(edges)]
     others = [_pool.submit(work, part) for part in ranges[1:]]
@@ -60,40 +58,43 @@ class _NormPoolReLU(torch.autograd.Function):
         n, c, d, h, w = x.shape
         y = x.new_empty(n, c, d // 2, h // 2, w // 2)
         winner = torch.empty_like(y, dtype=torch.uint8)
-        mean, rstd = np.empty(n * c, np.float32), np.empty(n * c, np.float32)
+        statistics = np.empty((n * c, 3), np.float32)
         source, target, chosen = _channels(x), _channels(y), _channels(winner)
 
         def work(part: slice) -> None:
             row, row_winner = np.empty(w, np.float32), np.empty(w, np.uint8)
             cpu.forward(
-                source[part], eps, target[part], chosen[part], mean[part], rstd[part],
+                source[part], eps, target[part], chosen[part], statistics[part],
                 row, row_winner,
             )  # fmt: skip
 
         _over_channels(work, n * c, x.numel())
         ctx.save_for_backward(x, y, winner)
-        ctx.statistics = (mean, rstd)
+        ctx.statistics = statistics
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_y: Tensor
+    ) -> tuple[Tensor, None]:
         x, y, winner = ctx.saved_tensors
-        mean, rstd = ctx.statistics
+        statistics = ctx.statistics
         grad_x = torch.empty_like(x)
         source, pooled, chosen = _channels(x), _channels(y), _channels(winner)
         incoming, outgoing = _channels(grad_y.contiguous()), _channels(grad_x)
 
         def work(part: slice) -> None:
             cpu.backward(
-                source[part], pooled[part], chosen[part], mean[part], rstd[part],
+                source[part], pooled[part], chosen[part], statistics[part],
                 incoming[part], outgoing[part],
             )  # fmt: skip
 
-        _over_channels(work, len(mean), x.numel())
+        _over_channels(work, len(statistics), x.numel())
         return grad_x, None
 
 
 def norm_pool_relu(x: Tensor, *, eps: float) -> Tensor:
     """Run the Numba kernels; arguments are those that `sparsekit.ops` checked, float32 on a CPU."""
-    return _NormPoolReLU.apply(x, eps)  # type: ignore[no-any-return]
+    y: Tensor = _NormPoolReLU.apply(x, float(eps))  # type: ignore[no-untyped-call]
+    return y
