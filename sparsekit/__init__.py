@@ -17,7 +17,7 @@ from sparsekit._version import __version__
 from sparsekit.codec import PayloadInfo, base_digest, decode, decode_masks, encode, inspect
 from sparsekit.explanation import explain
 from sparsekit.nn import MaskedConv3d, densify, sparsify
-from sparsekit.ops import masked_conv3d, topk_mask
+from sparsekit.ops import masked_conv3d, norm_pool_relu, topk_mask
 
 __all__ = [
     "MaskedConv3d",
@@ -34,6 +34,7 @@ __all__ = [
     "masked_conv3d",
     "models",
     "nn",
+    "norm_pool_relu",
     "prune",
     "schedule",
     "sparsify",

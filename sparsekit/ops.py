@@ -251,10 +251,9 @@ def norm_pool_relu(x: Tensor, *, eps: float = 1e-5, backend: str = "auto") -> Te
     """
     if not isinstance(x, Tensor):
         raise ArgumentTypeError(f"x: expected a Tensor, got {type(x).__name__}")
-    if x.ndim != 5 or x.shape[1] < 1 or min(x.shape[2:]) < 2:
-        raise ArgumentError(
-            f"x: expected (n, c, d, h, w) with c >= 1 and d, h, w >= 2, got shape {tuple(x.shape)}"
-        )
+    shape = tuple(x.shape)
+    if len(shape) != 5 or shape[1] < 1 or min(shape[2:]) < 2:
+        raise ArgumentError(f"x: expected (n, c >= 1, d, h, w >= 2 each), got shape {shape}")
     if x.dtype not in _FLOAT_DTYPES:
         raise ArgumentTypeError(f"x: expected a real floating dtype, got {x.dtype}")
     suits_cpu = x.dtype == torch.float32 and shape[0] > 0 and dispatch.holds_values(x)
