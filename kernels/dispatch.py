@@ -95,7 +95,9 @@ def available(op: str, device_type: str) -> tuple[Implementation, ...]:
     return TABLE.get((op, device_type), TABLE[(op, ANY_DEVICE)])
 
 
-def resolve(op: str, device_type: str, backend: str = "auto") -> Choice:
+def resolve(
+    op: str, device_type: str, backend: str = "auto", *, reference_only: str = ""
+) -> Choice:
     """Choose the implementation of `op`.
 
     Parameters
@@ -106,17 +108,24 @@ def resolve(op: str, device_type: str, backend: str = "auto") -> Choice:
         ``tensor.device.type`` of the inputs.
     backend : str
         ``"auto"`` or one of `BACKENDS`.
+    reference_only : str
+        Why only the reference can take these inputs; empty if all can.
 
     Raises
     ------
     ArgumentError
         The backend's name is unknown.
     BackendError
-        The named backend has no implementation of `op` for this device.
+        The named backend has no implementation of `op` for this device, or cannot take the inputs.
     """
     rows = available(op, device_type)
+    narrowed = len(rows) > 1 and reference_only != ""
+    if narrowed:
+        rows = tuple(row for row in rows if row.backend == "reference")
     if backend == "auto":
-        if len(rows) == 1:
+        if narrowed:
+            reason = reference_only
+        elif len(rows) == 1:
             reason = f"the only implementation for {device_type} tensors"
         else:
             reason = f"the first choice for {device_type} tensors"
@@ -128,6 +137,11 @@ def resolve(op: str, device_type: str, backend: str = "auto") -> Choice:
     if backend not in BACKENDS:
         raise ArgumentError(
             f"backend: expected 'auto', {', '.join(map(repr, BACKENDS))}, got {backend!r}"
+        )
+    if narrowed and any(row.backend == backend for row in available(op, device_type)):
+        raise BackendError(
+            f"backend: {backend!r} cannot run {op} here: {reference_only}; "
+            f"use backend='auto' or {names}"
         )
     raise BackendError(
         f"backend: this release has no {backend!r} implementation of {op} for {device_type} "

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsekit.errors import ArgumentError, ArgumentTypeError, BackendError
+from sparsekit.errors import ArgumentError, ArgumentTypeError
 from sparsekit.explanation import Explanation, explain
 from sparsekit.kernels import dispatch
 from sparsekit.types import Size3
@@ -16,6 +16,7 @@ __all__ = ["PRECISIONS", "Explanation", "explain", "masked_conv3d", "norm_pool_r
 
 PRECISIONS = ("auto", "ieee", "tf32", "tf32x3", "bf16x3")
 _FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_CPU_NEEDS = "other kernels need non-empty float32 input, not traced, compiled or in torch.func"
 _KEY_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -257,14 +258,9 @@ def norm_pool_relu(x: Tensor, *, eps: float = 1e-5, backend: str = "auto") -> Te
     if x.dtype not in _FLOAT_DTYPES:
         raise ArgumentTypeError(f"x: expected a real floating dtype, got {x.dtype}")
     suits_cpu = x.dtype == torch.float32 and shape[0] > 0 and dispatch.holds_values(x)
-    if backend == "cpu" and not suits_cpu:
-        raise BackendError(
-            "backend: 'cpu' needs non-empty float32 input outside tracing, torch.compile and "
-            f"torch.func, got a {type(x).__name__}, {x.dtype}, shape {shape}; use backend='auto'"
-        )
-    if backend == "auto" and not suits_cpu:
-        backend = "reference"
-    choice = dispatch.resolve("norm_pool_relu", x.device.type, backend)
+    choice = dispatch.resolve(
+        "norm_pool_relu", x.device.type, backend, reference_only="" if suits_cpu else _CPU_NEEDS
+    )
     if not (x.is_meta or torch.compiler.is_compiling()):
         dispatch.record(choice, x.device.type, str(x.dtype).removeprefix("torch."))
     y: Tensor = choice.implementation.load()(x, eps=eps)
