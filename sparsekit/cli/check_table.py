@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from sparsekit.cli.consoles import notice_console
 from sparsekit.fed.cohort.check import CheckReport, plural
 
 _FILE_WIDTH = 140  # columns when the output goes to a file or pipe
@@ -19,13 +20,15 @@ _FILE_WIDTH = 140  # columns when the output goes to a file or pipe
 @contextmanager
 def reading_bar() -> Iterator[Callable[[int, int], None]]:
     """Draw a bar of scans read on standard error; yields the progress callback."""
+    console = notice_console()
     with Progress(
         TextColumn("reading scans"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True, highlight=False),
+        console=console,
         transient=True,
+        disable=not console.is_terminal,
     ) as progress:
         task = progress.add_task("", total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

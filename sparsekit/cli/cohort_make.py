@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sparsekit.cli.consoles import notice_console
 from sparsekit.fed.cohort.environment import ENVIRONMENTS
 from sparsekit.fed.cohort.make import CohortSettings, make_cohort
 from sparsekit.fed.cohort.make.cohort import is_finished
@@ -32,7 +32,7 @@ def make(
     """
     settings = CohortSettings(subjects, sites, resolution, environment, seed, residual_scale)
     settings.plans()
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = notice_console()
     if is_finished(out, settings):
         console.print(f"{out} already holds exactly this cohort; kept as it is", markup=False)
         return
@@ -44,6 +44,7 @@ def make(
             TimeRemainingColumn(),
             console=console,
             transient=True,
+            disable=not console.is_terminal,
         ) as bar:
             task = bar.add_task("making scans", total=subjects)
             make_cohort(
@@ -58,8 +59,7 @@ def make(
                 progress=lambda done, _: bar.update(task, completed=done),
             )
     except KeyboardInterrupt:
-        console.print(f"interrupted: nothing was kept of {out}", markup=False)
-        raise
+        raise KeyboardInterrupt(f"interrupted: nothing was kept of {out}") from None
     console.print(
         f"{out}: {subjects} synthetic scans at {resolution} mm, {sites} sites", markup=False
     )

@@ -1,14 +1,21 @@
 """``sparsekit fed``: run, resume, report and compare federations."""
 
+import dataclasses
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+
+from sparsekit.cli.consoles import describe, notice_console, result_console
+from sparsekit.errors import MissingExtraError, RunError, UsageError
 
 app = typer.Typer(no_args_is_help=True, help="Train across sites; report what pruning saved.")
 
 Out = Annotated[Path, typer.Option("--out", help="Folder of the run, to be made.")]
+REPORT = "report.html"
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 Cache = Annotated[
     Path | None,
@@ -54,7 +61,7 @@ def run_command(
     cache: Cache = None,
 ) -> None:
     """Train a brain-age network over the sites of a cohort and write a report."""
-    from sparsekit.cli.progress import LiveWatcher, print_result
+    from sparsekit.cli.progress import LiveWatcher
     from sparsekit.fed.allocator import keep_freed_memory
     from sparsekit.fed.config import load_config_file, make_config
     from sparsekit.fed.runner import start_run
@@ -81,25 +88,25 @@ def run_command(
     }
     line = {name: value for name, value in given.items() if value is not None}
     settings = make_config(load_config_file(config) if config else {}, line)
+    # Absolute, so that the run can be resumed from any folder.
+    settings = dataclasses.replace(settings, cohort=str(Path(settings.cohort).absolute()))
     keep_freed_memory()
-    with LiveWatcher(settings.strategy) as watcher:
+    with _resumable(out), LiveWatcher(settings.strategy) as watcher:
         result = start_run(settings, out, cache=cache, watcher=watcher)
-    print_result(out, result)
-    _write_report([out])
+    _finish(out, result)
 
 
 @app.command("resume")
 def resume_command(run: RunFolder, cache: Cache = None) -> None:
     """Continue an interrupted run; it ends with the same weights as an uninterrupted one."""
-    from sparsekit.cli.progress import LiveWatcher, print_result
+    from sparsekit.cli.progress import LiveWatcher
     from sparsekit.fed.allocator import keep_freed_memory
     from sparsekit.fed.runner import resume_run
 
     keep_freed_memory()
-    with LiveWatcher(run.name) as watcher:
+    with _resumable(run), LiveWatcher(run.name) as watcher:
         result = resume_run(run, cache=cache, watcher=watcher)
-    print_result(run, result)
-    _write_report([run])
+    _finish(run, result)
 
 
 @app.command("report")
@@ -107,9 +114,12 @@ def report_command(run: RunFolder) -> None:
     """Write RUN/report.html anew."""
     from sparsekit.cli.progress import print_result
     from sparsekit.fed.compare import load_result
+    from sparsekit.fed.report import write_report
 
-    print_result(run, load_result(run))
-    _write_report([run])
+    result = load_result(run)
+    write_report([run], run / REPORT)
+    print_result(run, result)
+    _say_where(run / REPORT)
 
 
 @app.command("compare")
@@ -121,24 +131,48 @@ def compare_command(
 ) -> None:
     """Print runs side by side; differences are paired with the first run's held-out people."""
     from sparsekit.cli.progress import print_comparison
-    from sparsekit.errors import UsageError
-
-    if len(runs) < 2:
-        raise UsageError("compare: expected at least two runs")
-    print_comparison(runs)
-    if out is not None:
-        _write_report(runs, out)
-
-
-def _write_report(runs: list[Path], out: Path | None = None) -> None:
-    from sparsekit.errors import MissingExtraError
     from sparsekit.fed.report import write_report
 
-    console = Console(highlight=False, soft_wrap=True)
-    path = out or runs[0] / "report.html"
+    if len({run.resolve() for run in runs}) < max(2, len(runs)):
+        raise UsageError("compare: expected at least two runs, each once")
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise UsageError(f"out: expected the name of a file in an existing folder, got {out}")
+    print_comparison(runs)
+    if out is not None:
+        write_report(runs, out)
+        _say_where(out)
+
+
+@contextmanager
+def _resumable(run: Path) -> Iterator[None]:
+    """Add to an error of the disk how to go on once it is mended."""
     try:
-        write_report(runs, path)
+        yield
+    except OSError as error:
+        if not (run / "checkpoints").is_dir():
+            raise
+        raise RunError(
+            f"{describe(error)}. The finished rounds are kept: when that is mended, continue with "
+            f"`sparsekit fed resume {shlex.quote(str(run))}`"
+        ) from error
+
+
+def _finish(run: Path, result: dict[str, Any]) -> None:
+    """Write a run's report, then print; a run succeeds without the extra that draws plots."""
+    from sparsekit.cli.progress import print_result
+    from sparsekit.fed.report import write_report
+
+    missing = None
+    try:
+        write_report([run], run / REPORT)
     except MissingExtraError as error:
-        console.print(f"No report written: {error}", markup=False)
+        missing = error
+    print_result(run, result)
+    if missing is None:
+        _say_where(run / REPORT)
     else:
-        console.print(f"Report: {path}", markup=False)
+        notice_console().print(f"No report written: {missing}", markup=False)
+
+
+def _say_where(report: Path) -> None:
+    result_console().print(f"Report: {report}", markup=False, soft_wrap=True)

@@ -1,14 +1,17 @@
 """Entry point: puts the command groups together and turns errors into exit codes."""
 
-import os
+import io
 import sys
+import traceback
 from collections.abc import Sequence
+from typing import Any
 
 import typer
-from rich.console import Console
+from typer.core import TyperGroup
 
 from sparsekit._version import __version__
 from sparsekit.cli import codec, cohort, doctor, fed
+from sparsekit.cli.consoles import describe, notice_console, printable
 from sparsekit.errors import SparsekitError, UsageError
 
 EXIT_FINE = 0
@@ -16,8 +19,25 @@ EXIT_PROBLEMS = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
+
+class _InterruptError(Exception):
+    """Ctrl-C on its way past typer, which would turn it into an exit without our words."""
+
+
+class _Group(TyperGroup):
+    """The commands; hands Ctrl-C on to `main`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that the line names."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise _InterruptError(str(error) or "interrupted") from error
+
+
 app = typer.Typer(
     name="sparsekit",
+    cls=_Group,
     help="Pruned 3D networks that pay off. A research tool, not a medical device.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -59,20 +79,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     debug = "--debug" in arguments
     if debug:
         arguments = ["--debug", *(a for a in arguments if a != "--debug")]
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name that the terminal's encoding lacks must not stop a command.
+            stream.reconfigure(errors="replace")
     try:
         app(args=arguments, prog_name="sparsekit", standalone_mode=True)
-    except KeyboardInterrupt as error:
-        text = str(error) or "interrupted"
-        console.print(f"sparsekit: {text}", markup=False)
+    except _InterruptError as error:
+        notice_console().print(f"sparsekit: {printable(str(error))}", markup=False)
         sys.exit(EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        # The reader of our output went away (sparsekit ... | head): not worth a word.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_FINE)
     except (SparsekitError, OSError) as error:
         if debug:
-            raise
-        text = " ".join(str(error).split())
-        console.print(f"sparsekit: error: {text}", markup=False)
+            traceback.print_exc()
+        notice_console().print(f"sparsekit: error: {describe(error)}", markup=False)
         sys.exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_PROBLEMS)

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,6 +16,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from sparsekit.cli.consoles import notice_console, printable, result_console
 from sparsekit.fed.compare import load_result, run_names
 from sparsekit.fed.tables import difference_cells, format_bytes, line_items, saving_cells
 
@@ -27,8 +28,8 @@ class LiveWatcher:
     """
 
     def __init__(self, title: str) -> None:
-        self._console = Console(stderr=True, highlight=False)
-        self._title = title
+        self._console = notice_console()
+        self._title = printable(title)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -36,6 +37,7 @@ class LiveWatcher:
             TimeElapsedColumn(),
             console=self._console,
             transient=True,
+            disable=not self._console.is_terminal,
         )
         self._scans: TaskID | None = None
         self._rounds: TaskID | None = None
@@ -65,7 +67,7 @@ class LiveWatcher:
             self._progress.remove_task(self._scans)
             self._scans = None
         if self._rounds is None or self._sites is None:
-            self._rounds = self._progress.add_task(f"{self._title}: rounds", total=rounds)
+            self._rounds = self._progress.add_task(escape(f"{self._title}: rounds"), total=rounds)
             self._sites = self._progress.add_task("sites", total=sites)
         what = f"round {number}: sites" if number <= rounds else "final evaluation: sites"
         self._progress.update(self._rounds, completed=number - 1)
@@ -90,32 +92,38 @@ class LiveWatcher:
 
     def notice(self, text: str) -> None:
         """Print something that a user should read."""
-        self._console.print(text, markup=False)
+        self._console.print(printable(text), markup=False)
 
 
 def print_result(run: Path, result: Mapping[str, Any]) -> None:
     """Print a finished run as a table."""
-    table = Table(title=f"{run}, seed {result['config']['seed']}")
-    table.add_column("measure")
-    table.add_column("value", justify="right")
+    table = Table(title=_cell(f"{run}, seed {result['config']['seed']}"))
+    table.add_column("measure", overflow="fold")
+    table.add_column("value", justify="right", overflow="fold")
     for name, value in line_items(result).items():
         table.add_row(name, value)
     accuracy = result["accuracy"]
     for site, mae in accuracy["site_mae"].items():
-        table.add_row(f"  {site} ({accuracy['site_n'][site]} held out)", f"{mae:.2f} years")
-    Console(highlight=False).print(table)
+        held_out = f"  {_cell(site)} ({accuracy['site_n'][site]} held out)"
+        table.add_row(held_out, f"{mae:.2f} years")
+    result_console().print(table)
 
 
 def print_comparison(runs: list[Path]) -> None:
     """Print runs side by side, with each run's paired difference to the first."""
     columns = [line_items(load_result(run)) for run in runs]
     table = Table(title="Runs side by side")
-    table.add_column("measure")
+    table.add_column("measure", overflow="fold")
     for name in run_names(runs):
-        table.add_column(name, justify="right")
+        table.add_column(_cell(name), justify="right", overflow="fold")
     for name in columns[0]:
         table.add_row(name, *(column.get(name, "-") for column in columns))
     for name, cells in saving_cells(runs).items():
         table.add_row(name, *cells)
     table.add_row("MAE minus the first's [95 %, paired]", *difference_cells(runs))
-    Console(highlight=False).print(table)
+    result_console().print(table)
+
+
+def _cell(text: str) -> str:
+    """Return a name that users chose, so that nothing in it counts as markup."""
+    return escape(printable(text))
