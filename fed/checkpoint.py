@@ -1,6 +1,7 @@
 """The server's state on disk: one folder a round, given its name only when it is whole."""
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 from sparsekit.codec import decode, decode_masks, encode
 from sparsekit.errors import CodecError, RunError
 from sparsekit.fed.algorithm import ServerState
-from sparsekit.fed.storage import publish_folder
+from sparsekit.fed.storage import about, publish_folder
 
 _MODEL = "model.spu"
 _STATE = "state.json"
@@ -35,34 +36,42 @@ def save(run: Path, checkpoint: Checkpoint, *, keep: int) -> None:
     """Store a checkpoint and remove all but the ``keep`` newest (0 keeps all)."""
     server = checkpoint.server
     final = _folder(run, server.round)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in final.parent.glob(".*.tmp"):
-        shutil.rmtree(leftover)
     temporary = final.with_name(f".{final.name}.tmp")
-    temporary.mkdir()
-    payload = encode(server.weights, masks=server.masks, round=server.round)
-    (temporary / _MODEL).write_bytes(payload)
-    state = {
-        "layout": _LAYOUT,
-        "round": server.round,
-        "masked": sorted(server.masks) if server.masks is not None else None,
-        "mean_age": server.mean_age,
-        "in_shape": list(server.in_shape),
-        "history": checkpoint.history,
-        "ledger_bytes": checkpoint.ledger_bytes,
-        "seconds": checkpoint.seconds,
-    }
-    (temporary / _STATE).write_text(json.dumps(state), encoding="utf-8")
-    publish_folder(temporary, final)
-    if keep:
-        for old in saved_rounds(run)[:-keep]:
-            shutil.rmtree(_folder(run, old))
+    with about(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in final.parent.glob(".*.tmp"):
+            shutil.rmtree(leftover)
+        try:
+            temporary.mkdir()
+            payload = encode(server.weights, masks=server.masks, round=server.round)
+            (temporary / _MODEL).write_bytes(payload)
+            state = {
+                "layout": _LAYOUT,
+                "round": server.round,
+                "masked": sorted(server.masks) if server.masks is not None else None,
+                "mean_age": server.mean_age,
+                "in_shape": list(server.in_shape),
+                "history": checkpoint.history,
+                "ledger_bytes": checkpoint.ledger_bytes,
+                "seconds": checkpoint.seconds,
+            }
+            (temporary / _STATE).write_text(json.dumps(state), encoding="utf-8")
+            publish_folder(temporary, final)
+        except OSError:
+            # On a full disk the room is needed, and nothing half-written is worth keeping.
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        if keep:
+            for old in saved_rounds(run)[:-keep]:
+                # Renamed first: a kill in the middle must not leave half a checkpoint.
+                folder = _folder(run, old)
+                shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.tmp")))
 
 
 def saved_rounds(run: Path) -> Sequence[int]:
     """Return the rounds that have a checkpoint, oldest first."""
-    folders = (run / "checkpoints").glob("round-[0-9]*")
-    return sorted(int(folder.name.removeprefix("round-")) for folder in folders)
+    names = (folder.name for folder in (run / "checkpoints").glob("round-*"))
+    return sorted(int(name[6:]) for name in names if re.fullmatch(r"round-\d{5,9}", name))
 
 
 def load_newest(run: Path) -> Checkpoint | None:

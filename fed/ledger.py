@@ -10,6 +10,7 @@ from typing import Any
 
 from sparsekit.errors import RunError
 from sparsekit.fed.messages import FRAMING_BYTES
+from sparsekit.fed.storage import about
 
 OUTCOME_OK = "ok"
 
@@ -113,7 +114,7 @@ class Ledger:
     def append(self, rows: Iterable[LedgerRow]) -> None:
         """Write rows and wait until the disk has them."""
         text = "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows)
-        with self.path.open("a", encoding="utf-8") as stream:
+        with about(self.path), self.path.open("a", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
@@ -134,10 +135,10 @@ class Ledger:
         os.truncate(self.path, size_bytes)
 
     def __iter__(self) -> Iterator[LedgerRow]:
-        with self.path.open(encoding="utf-8") as stream:
+        with self.path.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
                 try:
-                    values: dict[str, Any] = json.loads(line)
+                    values: dict[str, Any] = json.loads(line.decode("utf-8"))
                     yield LedgerRow(**values)
-                except (json.JSONDecodeError, TypeError) as error:
+                except (ValueError, TypeError) as error:
                     raise RunError(f"ledger: {self.path} line {number}: {error}") from None

@@ -3,28 +3,48 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``data`` beside ``path``, wait for the disk, then rename it into place."""
+    """Write ``data`` beside ``path``, wait for the disk, then rename it into place.
+
+    Raises
+    ------
+    OSError
+        If that fails; it names ``path``, which is as it was, and no temporary is left.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with about(path):
+        try:
+            with temporary.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+        _sync_folder(path.parent)
+
+
+@contextmanager
+def about(path: Path) -> Iterator[None]:
+    """Let an error of the operating system name ``path``: a full disk names no file at all."""
     try:
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
         raise
-    _sync_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as readable JSON, atomically."""
-    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
     write_atomically(path, text.encode())
 
 
