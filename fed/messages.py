@@ -5,6 +5,7 @@ Layout, little-endian: magic ``SPKM`` (4 B), control length (u32), payload lengt
 """
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,9 +57,24 @@ def unpack(data: bytes) -> Message:
         raise kind(f"message: its header says {expected} bytes, got {len(data)}")
     start = FRAMING_BYTES + control_length
     try:
-        control = json.loads(data[FRAMING_BYTES:start])
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        text = data[FRAMING_BYTES:start].decode("utf-8")
+        control = json.loads(text, parse_int=_integer, parse_float=_finite, parse_constant=_finite)
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"message: control is not JSON: {error}") from None
     if not isinstance(control, dict):
         raise FormatError(f"message: control is a {type(control).__name__}, not an object")
     return Message(control=control, payload=data[start:], control_bytes=control_length)
+
+
+def _integer(text: str) -> int:
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError("an integer of more than 64 bits")
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a finite number")
+    return value
