@@ -1,6 +1,7 @@
 """Two or more finished runs side by side, with paired differences on the same held-out people."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,10 @@ from sparsekit.fed.result import LAYOUT, read_predictions
 
 BOOTSTRAP_DRAWS = 10_000
 RESULT_FILE = "result.json"
+_PARTS = {
+    *("accuracy", "bytes", "config", "data", "flops", "history", "machine", "model"),
+    *("seconds", "sparsity", "yardsticks"),
+}
 
 
 @dataclass(frozen=True)
@@ -44,17 +49,41 @@ def load_result(run: Path) -> dict[str, Any]:
     try:
         result: Any = json.loads((run / RESULT_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
+        raise RunError(f"run: {run} is not finished; continue it with {_resume(run)}") from None
+    except (ValueError, RecursionError) as error:
         raise RunError(
-            f"run: {run} is not finished; continue it with `sparsekit fed resume {run}`"
-        ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RunError(
-            f"run: {run / RESULT_FILE} is damaged ({error}); `sparsekit fed resume {run}` "
-            "writes it anew"
+            f"run: {run / RESULT_FILE} is damaged ({error}); {_resume(run)} writes it anew"
         ) from None
     if not isinstance(result, dict) or result.get("layout") != LAYOUT:
         raise RunError(f"run: {run / RESULT_FILE} has another layout than this release reads")
+    missing = sorted(_PARTS - set(result))
+    if missing:
+        raise RunError(
+            f"run: {run / RESULT_FILE} is damaged (it lacks {', '.join(missing)}); {_resume(run)} "
+            "writes it anew"
+        )
     return dict(result)
+
+
+def load_people(run: Path) -> dict[str, npt.NDArray[Any]]:
+    """Read a finished run's held-out people and their predicted ages; see `read_predictions`.
+
+    Raises
+    ------
+    RunError
+        If there are none or a file of them is damaged.
+    """
+    try:
+        return read_predictions(run)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(
+            f"run: the predictions under {run / 'sites'} are damaged ({error!r}); {_resume(run)} "
+            "writes them anew"
+        ) from None
+
+
+def _resume(run: Path) -> str:
+    return f"`sparsekit fed resume {shlex.quote(str(run))}`"
 
 
 def paired_difference(run: Path, reference: Path) -> Difference:
@@ -65,7 +94,7 @@ def paired_difference(run: Path, reference: Path) -> Difference:
     RunError
         If they held out different people.
     """
-    a, b = read_predictions(run), read_predictions(reference)
+    a, b = load_people(run), load_people(reference)
     same = (
         np.array_equal(a["participant"], b["participant"])
         and np.array_equal(a["site"], b["site"])

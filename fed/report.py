@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -11,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparsekit.errors import MissingExtraError
-from sparsekit.fed.compare import load_result, run_names
-from sparsekit.fed.result import read_predictions
+from sparsekit.fed.compare import load_people, load_result, run_names
 from sparsekit.fed.storage import write_atomically
 from sparsekit.fed.tables import difference_cells, line_items, saving_cells
 
@@ -35,6 +35,10 @@ _RC: dict[Any, Any] = {
     "figure.autolayout": True,
     "axes.spines.top": False,
     "svg.hashsalt": "sparsekit",
+    # Names of sites and runs are shown as they are: a dollar sign is no formula, and letters that
+    # matplotlib's own font lacks are drawn by the browser.
+    "text.parse_math": False,
+    "svg.fonttype": "none",
 }
 
 _COLOURS = ("#1f6fb4", "#d1622b", "#3a8f4d", "#8a4fa3", "#8b6b4a", "#c2417c", "#5b6470")
@@ -55,7 +59,7 @@ def write_report(runs: Sequence[Path], path: Path) -> None:
     MissingExtraError
         If matplotlib is not installed.
     RunError
-        If a run is not finished.
+        If a run is not finished or damaged.
     """
     try:
         import matplotlib as mpl
@@ -65,12 +69,14 @@ def write_report(runs: Sequence[Path], path: Path) -> None:
         ) from None
     results = [load_result(run) for run in runs]
     names = run_names(runs)
+    # A legend leaves out names that begin with an underscore.
+    labels = [f" {name}" if name.startswith("_") else name for name in names]
     with mpl.rc_context(_RC):
         figures = [
-            ("Error against rounds, bytes and computation", _progress(results, names)),
-            ("Sparsity by layer", _layers(results, names)),
-            ("Error by site", _sites(results, names)),
-            ("Predicted against true age", _scatter(runs, names)),
+            ("Error against rounds, bytes and computation", _progress(results, labels)),
+            ("Sparsity by layer", _layers(results, labels)),
+            ("Error by site", _sites(results, labels)),
+            ("Predicted against true age", _scatter(runs, labels)),
         ]
         images = [(title, _as_image(figure)) for title, figure in figures]
     title = "sparsekit: " + " and ".join(names)
@@ -120,8 +126,12 @@ def _settings(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str
 
 def _as_image(figure: "Figure") -> str:
     stream = io.BytesIO()
-    # No date in the file: the same run gives the same report.
-    figure.savefig(stream, format="svg", metadata={"Date": None})
+    # Without a date and versions, the same run gives the same report.
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with warnings.catch_warnings():
+        # Of letters that matplotlib cannot measure: the browser draws them.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(stream, format="svg", metadata=metadata)
     return base64.b64encode(stream.getvalue()).decode()
 
 
@@ -198,7 +208,7 @@ def _sites(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> "Figur
 def _scatter(runs: Sequence[Path], names: Sequence[str]) -> "Figure":
     figure, panels = _new_figure(4.2 * len(runs) + 1, 4, len(runs))
     for axes, run, name, colour in zip(panels, runs, names, _cycle(len(names)), strict=True):
-        people = read_predictions(run)
+        people = load_people(run)
         axes.scatter(people["age"], people["predicted"], s=8, color=colour)
         low, high = float(people["age"].min()), float(people["age"].max())
         axes.plot([low, high], [low, high], color="#777777", linewidth=1)

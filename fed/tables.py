@@ -39,7 +39,10 @@ def line_items(result: Mapping[str, Any]) -> dict[str, str]:
     for name, one in result["yardsticks"].items():
         items[f"  beside it: {name}"] = f"{one['test_mae']:.2f} years"
     items |= {
-        "  test MAE / mean predictor's": f"{accuracy['test_mae'] / mean_mae:.3f}",
+        # Where all people are of one age, the mean predictor makes no error.
+        "  test MAE / mean predictor's": (
+            f"{accuracy['test_mae'] / mean_mae:.3f}" if mean_mae else "-"
+        ),
         "people trained on / held out": f"{data['train_n']} / {data['test_n']}",
         "sites": str(data["sites"]),
         "ages": f"{data['age_min']:.0f} to {data['age_max']:.0f}",
@@ -75,7 +78,7 @@ def saving_cells(runs: Sequence[Path]) -> dict[str, list[str]]:
         return int(result["bytes"]["down"]["payload"] + result["bytes"]["up"]["payload"])
 
     def ratio(first: float, other: float) -> str:
-        return f"{first / other:.2f}x" if other else "-"
+        return f"{first / other:.2f}x" if first and other else "-"
 
     first = results[0]
     return {
