@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-import nibabel
 import numpy as np
 import numpy.typing as npt
 
@@ -13,12 +12,14 @@ from sparsekit.errors import CohortError
 from sparsekit.fed.cohort.cache import SiteData, build_site_cache
 from sparsekit.fed.cohort.read import Problem, Scan, find_scans
 from sparsekit.fed.cohort.split import split_participants
+from sparsekit.fed.cohort.volume import ScanError, load_scan
 from sparsekit.fed.config import GRIDS, RunConfig
 from sparsekit.fed.seeds import derive_seed
 from sparsekit.fed.site import SitePeople
 from sparsekit.fed.training import Scans
 
 POOLED_SITE = "pooled"
+_MOST_LETTERS = 200  # a file name may have 255 bytes
 Progress = Callable[[int, int], None]
 
 
@@ -62,11 +63,13 @@ def prepare_sites(
         )
     if not scans:
         raise CohortError(f"cohort: no usable scan in {source}; see `sparsekit cohort check`")
-    resolution = config.resolution or _resolution_of(scans[0])
+    names = sorted({scan.site for scan in scans})
+    _check_names(names)
+    resolution = config.resolution or _resolution_of(scans)
     skipped = list(problems)
     sites: list[SitePeople] = []
     done = 0
-    for name in sorted({scan.site for scan in scans}):
+    for name in names:
         own = [scan for scan in scans if scan.site == name]
         before = done
 
@@ -98,13 +101,29 @@ def is_synthetic(source: Path) -> bool:
         return False
 
 
-def _resolution_of(scan: Scan) -> int:
-    """Choose the grid nearest to a scan's own voxels: 4 mm only for scans as coarse as that."""
-    try:
-        zooms = nibabel.load(scan.path).header.get_zooms()[:3]  # type: ignore[attr-defined]
-    except (OSError, EOFError, ValueError, nibabel.filebasedimages.ImageFileError) as error:
-        raise CohortError(f"cohort: cannot read {scan.path}: {error}") from None
-    return 4 if float(min(zooms)) > 3.0 else 2
+def _resolution_of(scans: Sequence[Scan]) -> int:
+    """Choose the grid nearest to the first usable scan's voxels: 4 mm only for ones as coarse."""
+    first: ScanError | None = None
+    for scan in scans:
+        try:
+            affine = load_scan(scan).affine
+        except ScanError as error:
+            first = first or error
+        else:
+            zooms = np.linalg.norm(affine[:3, :3], axis=0)
+            return 4 if float(zooms.min()) > 3.0 else 2
+    raise CohortError(f"cohort: none of the {len(scans)} scans can be read, the first: {first}")
+
+
+def _check_names(sites: Sequence[str]) -> None:
+    for site in sites:
+        # Each site gets folders of its name, percent-encoded; a dot alone is left as it is.
+        if site in (".", ".."):
+            raise CohortError(f"cohort: {site!r} cannot be a site's name; give it another")
+        if len(quote(site, safe="")) > _MOST_LETTERS:
+            raise CohortError(
+                f"cohort: the site name {site[:40]!r}... is too long for a folder; shorten it"
+            )
 
 
 def _split_site(name: str, cache: SiteData, config: RunConfig) -> SitePeople:
