@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import torch
+
 from sparsekit.errors import UsageError
 
 STRATEGIES = ("centralized", "fedavg", "fedsparsify-global", "fedsparsify-local")
@@ -100,6 +102,8 @@ class RunConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
+        if any("\ud800" <= letter <= "\udfff" for letter in self.cohort):
+            raise UsageError(f"cohort: {self.cohort!r} is not UTF-8; rename that file or folder")
         _choice("strategy", self.strategy, STRATEGIES)
         _choice("engine", self.engine, ENGINES)
         _choice("scope", self.scope, SCOPES)
@@ -108,10 +112,13 @@ class RunConfig:
         _choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
         _choice("on_problem", self.on_problem, ("refuse", "skip"))
         _choice("device", self.device, ("cpu", "cuda"))
-        for name in ("rounds", "epochs", "batch", "threads", "prune_every"):
-            _in_range(name, getattr(self, name), 1, None)
-        for name in ("prune_start", "min_per_filter", "keep_checkpoints", "seed"):
-            _in_range(name, getattr(self, name), 0, None)
+        for name in ("rounds", "epochs", "batch", "prune_every"):
+            _in_range(name, getattr(self, name), 1, _MOST)
+        for name in ("prune_start", "min_per_filter", "keep_checkpoints"):
+            _in_range(name, getattr(self, name), 0, _MOST)
+        # The thread library ends the process when it cannot start as many as it was told to.
+        _in_range("threads", self.threads, 1, 1024)
+        _in_range("seed", self.seed, 0, 2**63 - 1)
         for name in ("weight_decay", "exponent"):
             _in_range(name, getattr(self, name), 0.0, None)
         for name in ("sparsity", "dropout"):
@@ -120,8 +127,12 @@ class RunConfig:
         _in_range("lr_final_fraction", self.lr_final_fraction, 0.0, 1.0)
         _in_range("quorum", self.quorum, 0.0, 1.0)
         _in_range("test_fraction", self.test_fraction, 0.0, 1.0, open_below=True, open_above=True)
-        for name in ("lr", "width", "age_scale"):
+        for name in ("lr", "age_scale"):
             _in_range(name, getattr(self, name), 0.0, None, open_below=True)
+        # 16 makes 750 million weights; far beyond, building the network exhausts the memory.
+        _in_range("width", self.width, 0.0, 16.0, open_below=True)
+        if self.mean_age is not None:
+            _in_range("mean_age", self.mean_age, 0.0, 150.0)
         if self.resolution not in (None, *GRIDS):
             raise UsageError(f"resolution: expected 2 or 4 (mm), got {self.resolution}")
         if self.sparse and self.rounds <= self.prune_start:
@@ -143,6 +154,8 @@ class RunConfig:
         cosine = 0.5 * (1 + math.cos(math.pi * progress))
         return self.lr * (self.lr_final_fraction + (1 - self.lr_final_fraction) * cosine)
 
+
+_MOST = 10**9  # of any count: a slip of the finger, not a wish
 
 # What the released FedSparsify code sets for brain age (README and configs of
 # dstripelis/FedSparsify): the whole-volume z-score, plain SGD, one scan a step, 40 x 4 epochs.
@@ -179,7 +192,9 @@ def _in_range(
     open_below: bool = False,
     open_above: bool = False,
 ) -> None:
-    fine = math.isfinite(value) and (value > low if open_below else value >= low)
+    # An integer is always finite, and may be too large for isfinite.
+    finite = isinstance(value, int) or math.isfinite(value)
+    fine = finite and (value > low if open_below else value >= low)
     if fine and high is not None:
         fine = value < high if open_above else value <= high
     if not fine:
@@ -196,7 +211,7 @@ def make_config(*layers: Mapping[str, Any]) -> RunConfig:
     Raises
     ------
     UsageError
-        On an unknown setting, a wrong type or a value out of range.
+        On an unknown setting, a wrong type, a value out of range or a device that is not here.
     """
     merged: dict[str, Any] = {}
     for layer in layers:
@@ -210,7 +225,12 @@ def make_config(*layers: Mapping[str, Any]) -> RunConfig:
         merged[name] = _as_type(name, value, hints[name])
     if "cohort" not in merged:
         raise UsageError("cohort: missing; give --cohort PATH or set cohort in the config file")
-    return RunConfig(**merged)
+    config = RunConfig(**merged)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "device: torch can use no GPU here (see `sparsekit doctor`); choose --device cpu"
+        )
+    return config
 
 
 def _as_type(name: str, value: Any, hint: Any) -> Any:
@@ -218,7 +238,10 @@ def _as_type(name: str, value: Any, hint: Any) -> Any:
     if value is None and type(None) in kinds:
         return None
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise UsageError(f"{name}: expected a smaller number than one past 1e308") from None
     for kind in kinds:
         if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
             return value
@@ -232,13 +255,15 @@ def load_config_file(path: Path) -> dict[str, Any]:
     Raises
     ------
     UsageError
-        If the file is missing or not TOML.
+        If the file is missing, cannot be read or is not TOML.
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"config: no file {path}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UsageError(f"config: cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"config: {path} is not a TOML file: {error}") from None
 
 
@@ -247,6 +272,11 @@ def dump_config(config: RunConfig) -> str:
     lines = ["# Settings of this run. Change nothing here: `sparsekit fed resume` reads it."]
     for name, value in dataclasses.asdict(config).items():
         if value is not None:
-            # JSON's strings, numbers and booleans are TOML's too.
-            lines.append(f"{name} = {json.dumps(value)}")
+            lines.append(f"{name} = {_toml(value)}")
     return "\n".join(lines) + "\n"
+
+
+def _toml(value: str | float | bool) -> str:
+    # JSON's numbers, booleans and most strings are TOML's too. JSON would write an emoji as two
+    # halves, which TOML forbids, and leave the control code 127 as it is.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
