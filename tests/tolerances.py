@@ -19,4 +19,9 @@ TOLERANCES: dict[tuple[str, torch.dtype, str], float] = {
     ("masked_conv3d", torch.float32, "weight"): 2e-6,  # 4.9e-7
     # torch adds the output gradient up voxel by voxel: 2,002 terms here.
     ("masked_conv3d", torch.float32, "bias"): 1.1e-5,  # 2.8e-6
+    # test_norm_pool_relu.py, the same machine, both backends and every memory layout.
+    ("norm_pool_relu", torch.float32, "forward"): 6e-7,  # 1.5e-7
+    ("norm_pool_relu", torch.float32, "input"): 9e-7,  # 2.2e-7
+    # Weights of a whole network; the same network of torch.nn layers in float32 is off by 3.8e-6.
+    ("norm_pool_relu", torch.float32, "network"): 1.8e-5,  # 4.4e-6
 }
