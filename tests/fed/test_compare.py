@@ -58,7 +58,7 @@ def test_people_are_paired_whatever_their_order(tmp_path: Path) -> None:
     [
         pytest.param(FIRST[:2], id="fewer"),
         pytest.param([("p9", "a", 50, 53), *FIRST[1:]], id="person"),
-        pytest.param([("p1", "b", 50, 53), *FIRST[1:]], id="site"),
+        pytest.param([*FIRST[:2], ("p3", "c", 70, 70)], id="site"),
         pytest.param([("p1", "a", 51, 53), *FIRST[1:]], id="age"),
     ],
 )
