@@ -7,6 +7,7 @@ import select
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -322,7 +323,7 @@ def test_torch_compile_sees_the_reference(calls: Calls) -> None:
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_a_trace_computes_anew() -> None:
-    traced = torch.jit.trace(norm_pool_relu, (make((1, 2, 4, 5, 6)),))  # type: ignore[no-untyped-call]
+    traced: Any = torch.jit.trace(norm_pool_relu, (make((1, 2, 4, 5, 6)),))
     x = make((1, 2, 4, 5, 6), seed=8)
     torch.testing.assert_close(traced(x), torch_sequence(x))
 
@@ -465,7 +466,9 @@ def test_gradient_of_the_whole_network(compare: Compare) -> None:
         assert ours.grad is not None
         assert exact.grad is not None
         compare("norm_pool_relu", "network", ours.grad, exact.grad.numpy())
+    first = pairs[0][0].grad
+    assert first is not None
     for bias, _ in pairs[1:6:2]:
         # The norm takes a block's bias out again: its exact gradient is 0.
         assert bias.grad is not None
-        assert float(bias.grad.abs().max()) < 1e-4 * float(pairs[0][0].grad.abs().max())
+        assert float(bias.grad.abs().max()) < 1e-4 * float(first.abs().max())
