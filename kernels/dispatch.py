@@ -118,10 +118,9 @@ def resolve(
     BackendError
         The named backend has no implementation of `op` for this device, or cannot take the inputs.
     """
-    rows = available(op, device_type)
-    narrowed = len(rows) > 1 and reference_only != ""
-    if narrowed:
-        rows = tuple(row for row in rows if row.backend == "reference")
+    every = available(op, device_type)
+    narrowed = len(every) > 1 and reference_only != ""
+    rows = [row for row in every if row.backend == "reference" or not narrowed]
     if backend == "auto":
         if narrowed:
             reason = reference_only
@@ -138,7 +137,7 @@ def resolve(
         raise ArgumentError(
             f"backend: expected 'auto', {', '.join(map(repr, BACKENDS))}, got {backend!r}"
         )
-    if narrowed and any(row.backend == backend for row in available(op, device_type)):
+    if narrowed and any(row.backend == backend for row in every):
         raise BackendError(
             f"backend: {backend!r} cannot run {op} here: {reference_only}; "
             f"use backend='auto' or {names}"

@@ -209,6 +209,11 @@ def test_no_worse_than_torch_in_float32(mean: float, spread: float, corner: floa
         assert error(result, reference) <= max(1.5 * error(other, reference), 2e-6)
 
 
+@pytest.mark.parametrize("mean", [1e4, -1e4, 3e5])
+def test_a_large_mean_costs_no_digits(mean: float, compare: Compare) -> None:
+    check(compare, make((2, 2, 11, 12, 13)) + mean)
+
+
 @pytest.mark.parametrize("eps", [1e-5, 0.5, 0, 1])
 def test_eps(eps: float) -> None:
     x = make((1, 2, 4, 5, 6))
