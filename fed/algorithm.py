@@ -37,14 +37,15 @@ class ServerState:
         Masks of the prunable tensors; None before the first pruning.
     mean_age : float
         Initial output of the network, years.
-    in_shape : tuple of int
-        Grid of the scans.
+    first_voxel, in_shape : tuple of int
+        The part of each scan that the network sees.
     """
 
     round: int
     weights: dict[str, Tensor]
     masks: dict[str, Tensor] | None
     mean_age: float
+    first_voxel: Size3
     in_shape: Size3
 
 
@@ -61,12 +62,15 @@ class NonFiniteUpdateError(CodecError):
     """An update holds NaN or infinity."""
 
 
-def initial_state(config: RunConfig, *, in_shape: Size3, mean_age: float) -> ServerState:
+def initial_state(
+    config: RunConfig, *, in_shape: Size3, mean_age: float, first_voxel: Size3 = (0, 0, 0)
+) -> ServerState:
     """Draw the first model from the run's seed."""
     plan = plan_for(
         config,
         round_number=1,
         task=TASK_TRAIN,
+        first_voxel=first_voxel,
         in_shape=in_shape,
         mean_age=mean_age,
         masked=False,
@@ -76,7 +80,14 @@ def initial_state(config: RunConfig, *, in_shape: Size3, mean_age: float) -> Ser
         torch.manual_seed(derive_seed(config.seed, "initial weights"))
         model = build_model(plan)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    return ServerState(round=0, weights=weights, masks=None, mean_age=mean_age, in_shape=in_shape)
+    return ServerState(
+        round=0,
+        weights=weights,
+        masks=None,
+        mean_age=mean_age,
+        first_voxel=first_voxel,
+        in_shape=in_shape,
+    )
 
 
 def scheduled_sparsity(config: RunConfig, round_number: int) -> float | None:
@@ -109,6 +120,7 @@ def plan_round(state: ServerState, config: RunConfig) -> tuple[TrainPlan, bytes]
         config,
         round_number=number,
         task=TASK_EVALUATE if last else TASK_TRAIN,
+        first_voxel=state.first_voxel,
         in_shape=state.in_shape,
         mean_age=state.mean_age,
         masked=state.masks is not None,

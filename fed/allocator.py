@@ -26,6 +26,5 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError):
         return False
     return bool(
-        mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
-        and mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD) and mallopt(_M_TRIM_THRESHOLD, 1 << 30)
     )

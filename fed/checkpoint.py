@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +33,11 @@ def _folder(run: Path, round_number: int) -> Path:
     return run / "checkpoints" / f"round-{round_number:05d}"
 
 
+def resume_command(run: Path) -> str:
+    """Return what to type to continue a run, ready to be pasted into a shell."""
+    return f"`sparsekit fed resume {shlex.quote(str(run))}`"
+
+
 def save(run: Path, checkpoint: Checkpoint, *, keep: int) -> None:
     """Store a checkpoint and remove all but the ``keep`` newest (0 keeps all)."""
     server = checkpoint.server
@@ -50,6 +56,7 @@ def save(run: Path, checkpoint: Checkpoint, *, keep: int) -> None:
                 "round": server.round,
                 "masked": sorted(server.masks) if server.masks is not None else None,
                 "mean_age": server.mean_age,
+                "first_voxel": list(server.first_voxel),
                 "in_shape": list(server.in_shape),
                 "history": checkpoint.history,
                 "ledger_bytes": checkpoint.ledger_bytes,
@@ -98,12 +105,14 @@ def load_newest(run: Path) -> Checkpoint | None:
             if state["masked"] is None
             else {n: kept[n] for n in weights if n in state["masked"]}
         )
+        first_d, first_h, first_w = state["first_voxel"]
         depth, height, width = state["in_shape"]
         server = ServerState(
             round=state["round"],
             weights=weights,
             masks=masks,
             mean_age=state["mean_age"],
+            first_voxel=(first_d, first_h, first_w),
             in_shape=(depth, height, width),
         )
         return Checkpoint(

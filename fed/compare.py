@@ -1,7 +1,6 @@
 """Two or more finished runs side by side, with paired differences on the same held-out people."""
 
 import json
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsekit.errors import RunError, UsageError
+from sparsekit.fed.checkpoint import resume_command
 from sparsekit.fed.result import LAYOUT, read_predictions
 
 BOOTSTRAP_DRAWS = 10_000
@@ -49,18 +49,20 @@ def load_result(run: Path) -> dict[str, Any]:
     try:
         result: Any = json.loads((run / RESULT_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RunError(f"run: {run} is not finished; continue it with {_resume(run)}") from None
+        raise RunError(
+            f"run: {run} is not finished; continue it with {resume_command(run)}"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise RunError(
-            f"run: {run / RESULT_FILE} is damaged ({error}); {_resume(run)} writes it anew"
+            f"run: {run / RESULT_FILE} is damaged ({error}); {resume_command(run)} writes it anew"
         ) from None
     if not isinstance(result, dict) or result.get("layout") != LAYOUT:
         raise RunError(f"run: {run / RESULT_FILE} has another layout than this release reads")
     missing = sorted(_PARTS - set(result))
     if missing:
         raise RunError(
-            f"run: {run / RESULT_FILE} is damaged (it lacks {', '.join(missing)}); {_resume(run)} "
-            "writes it anew"
+            f"run: {run / RESULT_FILE} is damaged (it lacks {', '.join(missing)}); "
+            f"{resume_command(run)} writes it anew"
         )
     return dict(result)
 
@@ -77,13 +79,9 @@ def load_people(run: Path) -> dict[str, npt.NDArray[Any]]:
         return read_predictions(run)
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(
-            f"run: the predictions under {run / 'sites'} are damaged ({error!r}); {_resume(run)} "
-            "writes them anew"
+            f"run: the predictions under {run / 'sites'} are damaged ({error!r}); "
+            f"{resume_command(run)} writes them anew"
         ) from None
-
-
-def _resume(run: Path) -> str:
-    return f"`sparsekit fed resume {shlex.quote(str(run))}`"
 
 
 def paired_difference(run: Path, reference: Path) -> Difference:

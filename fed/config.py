@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 
 from sparsekit.errors import UsageError
+from sparsekit.types import Size3
 
 STRATEGIES = ("centralized", "fedavg", "fedsparsify-global", "fedsparsify-local")
 ENGINES = ("inprocess",)
@@ -21,7 +22,13 @@ OPTIMIZERS = ("sgd", "adamw")
 LR_SCHEDULES = ("constant", "cosine")
 
 # Conv grids of the Montreal space at the two resolutions that the cohort generator writes.
-GRIDS: dict[int, tuple[int, int, int]] = {2: (91, 109, 91), 4: (46, 55, 46)}
+GRIDS: dict[int, Size3] = {2: (91, 109, 91), 4: (46, 55, 46)}
+
+# The part of each grid that holds the brain, with room for large heads: first voxel and extent.
+BRAIN_BOXES: dict[int, tuple[Size3, Size3]] = {
+    2: ((4, 2, 0), (84, 104, 84)),
+    4: ((2, 1, 0), (42, 52, 42)),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +45,9 @@ class RunConfig:
         Final sparsity of the prunable weights; 0 for a dense run, ignored by ``fedavg``.
     rounds, epochs, batch : int
         Rounds of the federation, local passes per round, scans per optimizer step.
+    max_steps : int
+        Optimizer steps after which a site ends its round, 0 for none: large sites then see part
+        of their scans, another part each round.
     optimizer, lr, momentum, weight_decay, lr_schedule, lr_final_fraction
         Local training. Every round starts a new optimizer. Under ``cosine`` the rate falls over
         the rounds from ``lr`` to ``lr * lr_final_fraction``.
@@ -49,6 +59,8 @@ class RunConfig:
         Years per unit of the network's output and of the loss.
     flips : bool
         Mirror each training scan left-right with probability one half.
+    shift : int
+        Move each training scan by up to this many voxels along each axis, at random.
     scope, exponent, prune_start, prune_every, min_per_filter
         Of the pruning; see `sparsekit.prune.magnitude_masks` and
         `sparsekit.schedule.PolynomialSchedule`.
@@ -57,6 +69,8 @@ class RunConfig:
         non-zero pattern.
     resolution : int or None
         Voxel size in mm of the grid to train on, 2 or 4; None follows the first scan.
+    crop : bool
+        Train on the part of the grid that holds the brain, a fifth less to compute.
     normalisation, on_problem, test_fraction
         How scans are read and which are held out.
     quorum : float
@@ -72,7 +86,8 @@ class RunConfig:
     sparsity: float = 0.95
     rounds: int = 20
     epochs: int = 2
-    batch: int = 2
+    batch: int = 4
+    max_steps: int = 0
     optimizer: str = "adamw"
     lr: float = 1e-3
     momentum: float = 0.0
@@ -84,6 +99,7 @@ class RunConfig:
     mean_age: float | None = None
     age_scale: float = 10.0
     flips: bool = True
+    shift: int = 1
     scope: str = "global"
     exponent: float = 3.0
     prune_start: int = 1
@@ -91,6 +107,7 @@ class RunConfig:
     min_per_filter: int = 1
     paper: bool = False
     resolution: int | None = None
+    crop: bool = False
     normalisation: str = "brain-zscore"
     on_problem: str = "refuse"
     test_fraction: float = 0.25
@@ -118,6 +135,8 @@ class RunConfig:
             _in_range(name, getattr(self, name), 0, _MOST)
         # The thread library ends the process when it cannot start as many as it was told to.
         _in_range("threads", self.threads, 1, 1024)
+        _in_range("shift", self.shift, 0, 8)
+        _in_range("max_steps", self.max_steps, 0, _MOST)
         _in_range("seed", self.seed, 0, 2**63 - 1)
         for name in ("weight_decay", "exponent"):
             _in_range(name, getattr(self, name), 0.0, None)
@@ -141,6 +160,10 @@ class RunConfig:
                 "the first pruning comes at the end of the round after it. Raise --rounds."
             )
 
+    def box(self, resolution: int) -> tuple[Size3, Size3]:
+        """Return first voxel and extent of the part of the grid that is trained on."""
+        return BRAIN_BOXES[resolution] if self.crop else ((0, 0, 0), GRIDS[resolution])
+
     @property
     def sparse(self) -> bool:
         """Whether this run prunes at all."""
@@ -163,6 +186,7 @@ PAPER_PRESET: dict[str, Any] = {
     "rounds": 40,
     "epochs": 4,
     "batch": 1,
+    "max_steps": 0,
     "optimizer": "sgd",
     "lr": 5e-5,
     "momentum": 0.0,
@@ -172,6 +196,7 @@ PAPER_PRESET: dict[str, Any] = {
     "mean_age": 62.68,
     "age_scale": 1.0,
     "flips": False,
+    "shift": 0,
     "min_per_filter": 0,
     "normalisation": "volume-zscore",
     "paper": True,

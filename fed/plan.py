@@ -21,20 +21,24 @@ _Record = TypeVar("_Record", bound="TrainPlan | Hello | Report")
 class TrainPlan:
     """One round's work order; with the payload and the site's scans it decides the reply.
 
-    ``local_sparsity`` is None where the site does not prune. ``masked`` says whether the
-    payload's masks bind the training.
+    The network sees ``in_shape`` voxels of each scan from ``first_voxel`` on. ``local_sparsity``
+    is None where the site does not prune. ``masked`` says whether the payload's masks bind the
+    training.
     """
 
     round: int
     task: str
     epochs: int
     batch: int
+    max_steps: int
     optimizer: str
     lr: float
     momentum: float
     weight_decay: float
     flips: bool
+    shift: int
     seed: int
+    first_voxel: list[int]
     in_shape: list[int]
     width: float
     dropout: float
@@ -101,9 +105,15 @@ def from_control(kind: type[_Record], control: Mapping[str, Any]) -> _Record:
             isinstance(value, bool) and hint is not bool
         ):
             raise FormatError(f"control: {name} has type {type(value).__name__}, expected {hint}")
+        if name in _COUNTS and value < 0:
+            raise FormatError(f"control: {name} is {value}, expected a count >= 0")
         values[name] = value
     return kind(**values)
 
+
+_COUNTS = frozenset(
+    {"n_train", "n_test", "test_n", "samples", "steps", "flops_counted", "flops_executed"}
+)
 
 # JSON writes 1.0 as a float and 1 as an integer: both are fine where a float is expected.
 _JSON_TYPES: dict[Any, tuple[type, ...]] = {
@@ -121,6 +131,7 @@ def plan_for(
     *,
     round_number: int,
     task: str,
+    first_voxel: Size3,
     in_shape: Size3,
     mean_age: float,
     masked: bool,
@@ -132,12 +143,15 @@ def plan_for(
         task=task,
         epochs=config.epochs,
         batch=config.batch,
+        max_steps=config.max_steps,
         optimizer=config.optimizer,
         lr=config.learning_rate(min(round_number, config.rounds)),
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         flips=config.flips,
+        shift=config.shift,
         seed=derive_seed(config.seed, "round", round_number),
+        first_voxel=list(first_voxel),
         in_shape=list(in_shape),
         width=config.width,
         dropout=config.dropout,
@@ -149,6 +163,13 @@ def plan_for(
         min_per_filter=config.min_per_filter,
         paper=config.paper,
     )
+
+
+def box_of(plan: TrainPlan) -> tuple[slice, slice, slice]:
+    """Return the part of each scan that the network sees."""
+    edges = zip(plan.first_voxel, plan.in_shape, strict=True)
+    a, b, c = (slice(first, first + extent) for first, extent in edges)
+    return a, b, c
 
 
 def build_model(plan: TrainPlan) -> BrainAgeCNN:

@@ -3,17 +3,17 @@
 import fcntl
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
 
 from sparsekit.codec import encode
-from sparsekit.errors import RunError, SparsekitError, UsageError
+from sparsekit.errors import CohortError, RunError, SparsekitError, UsageError
 from sparsekit.fed import checkpoint, messages
 from sparsekit.fed.algorithm import ServerState, initial_state, is_prunable
-from sparsekit.fed.checkpoint import Checkpoint
-from sparsekit.fed.config import GRIDS, RunConfig, dump_config, load_config_file, make_config
+from sparsekit.fed.checkpoint import Checkpoint, resume_command
+from sparsekit.fed.config import RunConfig, dump_config, load_config_file, make_config
 from sparsekit.fed.engines.base import Engine
 from sparsekit.fed.engines.inprocess import InProcessEngine
 from sparsekit.fed.ledger import OUTCOME_OK, Ledger, message_row
@@ -26,6 +26,7 @@ from sparsekit.fed.storage import write_atomically, write_json
 
 CONFIG_FILE = "config.toml"
 LEDGER_FILE = "ledger.jsonl"
+LOCK_FILE = ".lock"
 MODEL_FILE = "model.spu"
 RESULT_FILE = "result.json"
 
@@ -103,14 +104,28 @@ def start_run(
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise UsageError(
             f"out: {run} already holds something; choose another folder, or continue it with "
-            f"`sparsekit fed resume {run}`"
+            f"{resume_command(run)}"
         )
     source = Path(config.cohort)
     if not source.exists():
         raise UsageError(f"cohort: no such file or folder: {source}")
     run.mkdir(parents=True, exist_ok=True)
     write_atomically(run / CONFIG_FILE, dump_config(config).encode())
-    return _play(config, run, cache or run.parent / "cache", watcher or Silent())
+    try:
+        return _play(config, run, cache or _default_cache(run), watcher or Silent())
+    except CohortError:
+        # Nothing has been trained: the same command can be given again once the cohort is mended.
+        if not checkpoint.saved_rounds(run):
+            for name in (CONFIG_FILE, LOCK_FILE):
+                (run / name).unlink(missing_ok=True)
+            with suppress(OSError):
+                run.rmdir()
+        raise
+
+
+def _default_cache(run: Path) -> Path:
+    """Return the folder beside the run, also for a run in the current folder."""
+    return run.resolve().parent / "cache"
 
 
 def resume_run(
@@ -126,7 +141,7 @@ def resume_run(
     if not (run / CONFIG_FILE).is_file():
         raise UsageError(f"run: {run} has no {CONFIG_FILE}; expected the --out of `fed run`")
     config = make_config(load_config_file(run / CONFIG_FILE))
-    return _play(config, run, cache or run.parent / "cache", watcher or Silent())
+    return _play(config, run, cache or _default_cache(run), watcher or Silent())
 
 
 def site_folder(run: Path, site: str) -> Path:
@@ -137,7 +152,7 @@ def site_folder(run: Path, site: str) -> Path:
 @contextmanager
 def _exclusive(run: Path) -> Iterator[None]:
     """Hold the run's lock, so that no second process writes into the same folder."""
-    with (run / ".lock").open("w") as stream:
+    with (run / LOCK_FILE).open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -170,9 +185,7 @@ def _play(config: RunConfig, run: Path, cache: Path, watcher: Watcher) -> dict[s
             write_json(run / RESULT_FILE, result)
             return result
     except KeyboardInterrupt:
-        raise InterruptedRunError(
-            f"interrupted; continue with `sparsekit fed resume {run}`"
-        ) from None
+        raise InterruptedRunError(f"interrupted; continue with {resume_command(run)}") from None
 
 
 def _loop(
@@ -266,7 +279,8 @@ def _first_checkpoint(
     if mean_age is None:
         people = sum(hello.n_train for hello in hellos.values())
         mean_age = sum(hello.age_sum for hello in hellos.values()) / people
-    server = initial_state(config, in_shape=GRIDS[resolution], mean_age=mean_age)
+    first_voxel, in_shape = config.box(resolution)
+    server = initial_state(config, in_shape=in_shape, mean_age=mean_age, first_voxel=first_voxel)
     history = [_entry(server, 0, rows, 0.0)]
     return Checkpoint(server, history, ledger.size_bytes, 0.0)
 

@@ -97,7 +97,7 @@ class Site:
         trained = nn.sparsify(model, masks) if masks is not None else model
         trained.to(self.device)
 
-        predicted = predict(trained, self.data.test, device=self.device, cancelled=cancelled)
+        predicted = predict(trained, self.data.test, plan, device=self.device, cancelled=cancelled)
         truth = self.data.test.ages.astype(np.float64)
         self._store_predictions(plan.round - 1, predicted, truth)
         report = {

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sparsekit.fed.plan import TrainPlan
+from sparsekit.fed.plan import TrainPlan, box_of
 from sparsekit.fed.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -45,12 +45,26 @@ class Scans(Protocol):
 
 
 def load_batch(
-    scans: Scans, indices: npt.NDArray[np.int64], device: torch.device
+    scans: Scans, indices: npt.NDArray[np.int64], plan: TrainPlan, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return volumes (m, 1, d, h, w) and ages (m,), both float32."""
-    volumes = np.stack([scans.volume(int(index)) for index in indices])
+    """Return the plan's part of volumes (m, 1, d, h, w) and ages (m,), both float32."""
+    box = box_of(plan)
+    volumes = np.stack([scans.volume(int(index))[box] for index in indices])
     x = torch.from_numpy(volumes).unsqueeze(1).to(device)
     return x, torch.from_numpy(scans.ages[indices]).to(device)
+
+
+def augment(volume: Tensor, mirrored: bool, move: npt.NDArray[np.int64]) -> Tensor:
+    """Mirror a volume (1, d, h, w) left-right, move it by whole voxels; what leaves comes back.
+
+    Axis 1 is left-right, because caches are in RAS order. The rim of a skull-stripped scan is
+    empty, so that coming back at the other side moves nothing but background.
+    """
+    if mirrored:
+        volume = volume.flip(1)
+    if move.any():
+        volume = volume.roll([int(step) for step in move], dims=(1, 2, 3))
+    return volume
 
 
 @dataclass(frozen=True)
@@ -96,35 +110,44 @@ def train_locally(
     model.train()
     optimizer = make_optimizer(model, plan)
     random = np.random.default_rng(derive_seed(plan.seed, "train", site))
+    generator = torch.Generator(device).manual_seed(derive_seed(plan.seed, "dropout", site))
     samples = steps = 0
-    loss_sum = 0.0
+    epoch_samples = 0
+    epoch_loss = 0.0
     for _ in range(plan.epochs):
-        loss_sum = 0.0
         order = random.permutation(len(data))
         mirrored = random.random(len(data)) < (0.5 if plan.flips else 0.0)
+        moves = random.integers(-plan.shift, plan.shift + 1, (len(data), 3))
+        epoch_samples, epoch_loss = 0, 0.0
         for start in range(0, len(order), plan.batch):
             if cancelled():
                 raise Cancelled
-            positions = order[start : start + plan.batch]
-            x, y = load_batch(data, positions, device)
-            flip = torch.from_numpy(mirrored[start : start + plan.batch]).to(device)
-            if plan.flips:
-                # Axis 2 is left-right: the caches are in RAS order.
-                x = torch.where(flip.view(-1, 1, 1, 1, 1), x.flip(2), x)
+            chosen = slice(start, start + plan.batch)
+            x, y = load_batch(data, order[chosen], plan, device)
+            x = torch.stack(
+                [augment(*one) for one in zip(x, mirrored[chosen], moves[chosen], strict=True)]
+            )
             optimizer.zero_grad(set_to_none=True)
-            loss = torch.mean(((model(x) - y) / plan.age_scale) ** 2)
+            error = (model(x, generator=generator) - y) / plan.age_scale
+            loss = error.square().mean()
             loss.backward()
             optimizer.step()
-            samples += len(positions)
+            samples += len(x)
             steps += 1
-            loss_sum += float(loss.detach()) * plan.age_scale**2 * len(positions)
-    last = loss_sum / len(data) if len(data) and plan.epochs else None
+            epoch_samples += len(x)
+            epoch_loss += float(loss.detach()) * plan.age_scale**2 * len(x)
+            if steps == plan.max_steps:
+                break
+        if steps == plan.max_steps:
+            break
+    last = epoch_loss / epoch_samples if epoch_samples else None
     return TrainOutcome(samples=samples, steps=steps, last_epoch_loss=last)
 
 
 def predict(
     model: torch.nn.Module,
     data: Scans,
+    plan: TrainPlan,
     *,
     device: torch.device,
     cancelled: Callable[[], bool] = lambda: False,
@@ -137,6 +160,6 @@ def predict(
             if cancelled():
                 raise Cancelled
             positions = np.arange(start, min(start + EVALUATION_BATCH, len(data)))
-            x, _ = load_batch(data, positions, device)
+            x, _ = load_batch(data, positions, plan, device)
             parts.append(model(x).double().cpu().numpy())
     return np.concatenate(parts) if parts else np.zeros(0)

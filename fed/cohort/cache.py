@@ -152,7 +152,7 @@ def _refuse(skipped: Sequence[Problem], n_scans: int, on_problem: str) -> None:
     raise CohortError(
         f"{len(skipped)} of {n_scans} scans cannot be used: {shown}{more}; run "
         "`sparsekit cohort check PATH` on the cohort and repair them"
-        + ("" if len(skipped) == n_scans else ", or choose to skip such scans")
+        + ("" if len(skipped) == n_scans else ", or leave them out with `--on-problem skip`")
     )
 
 

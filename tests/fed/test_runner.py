@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def rows(run: Path) -> list[LedgerRow]:
 
 
 def without_times(run: Path) -> list[LedgerRow]:
-    return [LedgerRow(**(row.__dict__ | {"seconds": 0.0})) for row in rows(run)]
+    return [dataclasses.replace(row, seconds=0.0) for row in rows(run)]
 
 
 @pytest.fixture(scope="module")

@@ -247,7 +247,7 @@ def test_bad_scans_are_refused_with_their_names_and_the_remedy(
     assert f"{with_bad_scans[1].path} (truncated: " in text
     assert "absent.nii.gz (missing-file: " in text
     assert "sparsekit cohort check" in text
-    assert "choose to skip" in text
+    assert "--on-problem skip" in text
 
 
 def test_bad_scans_are_skipped_and_listed_at_the_first_and_every_later_call(
