@@ -4,9 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := build/demo
-DEMO_COHORT := $(DEMO)/cohort
+DEMO_COHORT := --subjects 2000 --sites 8 --resolution 4 --environment uniform-iid --residual-scale 0.25
 SEED ?= 0
 export PYTHONNOUSERSITE := 1
+
+# $(call demo_runs,FOLDER,SEED)
+define demo_runs
+$(BIN)/sparsekit cohort make $(1)/cohort $(DEMO_COHORT) --seed $(2) --workers 2
+$(BIN)/sparsekit fed run --cohort $(1)/cohort --out $(1)/fedavg --config examples/demo.toml --strategy fedavg --seed $(2)
+$(BIN)/sparsekit fed run --cohort $(1)/cohort --out $(1)/fedsparsify --config examples/demo.toml --strategy fedsparsify-global --sparsity 0.95 --seed $(2)
+endef
 
 .PHONY: help install demo demo-seeds trace test check format clean
 
@@ -25,10 +32,24 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## cohort of NIfTI files, dense FedAvg and FedSparsify at 95 %, one table, one report
 	rm -rf $(DEMO)
 	mkdir -p $(DEMO)
-	$(BIN)/sparsekit cohort make $(DEMO_COHORT) --subjects 960 --sites 8 --resolution 4 --environment uniform-iid --seed $(SEED)
-	$(BIN)/sparsekit fed run --cohort $(DEMO_COHORT) --out $(DEMO)/fedavg --config examples/demo.toml --strategy fedavg --seed $(SEED)
-	$(BIN)/sparsekit fed run --cohort $(DEMO_COHORT) --out $(DEMO)/fedsparsify --config examples/demo.toml --strategy fedsparsify-global --sparsity 0.95 --seed $(SEED)
+	$(call demo_runs,$(DEMO),$(SEED))
 	$(BIN)/sparsekit fed compare $(DEMO)/fedavg $(DEMO)/fedsparsify --out $(DEMO)/report.html
+
+demo-seeds: $(STAMP) ## the demo on three seeds (about 15 minutes); writes docs/results/demo.*
+	rm -rf build/demo-seeds
+	mkdir -p build/demo-seeds/0 build/demo-seeds/1 build/demo-seeds/2
+	$(call demo_runs,build/demo-seeds/0,0)
+	$(call demo_runs,build/demo-seeds/1,1)
+	$(call demo_runs,build/demo-seeds/2,2)
+	$(BIN)/python tools/demo_table.py collect build/demo-seeds/0 build/demo-seeds/1 build/demo-seeds/2
+	$(BIN)/python tools/demo_table.py write
+
+trace: $(STAMP) ## weights of a FedSparsify run after each of 40 rounds, for codec work: build/trace
+	rm -rf build/trace
+	mkdir -p build/trace
+	$(BIN)/sparsekit cohort make build/trace/cohort $(DEMO_COHORT)
+	$(BIN)/sparsekit fed run --cohort build/trace/cohort --out build/trace/run --config examples/demo.toml --rounds 40 --epochs 1 --keep-checkpoints 0
+	@echo "Payloads: build/trace/run/checkpoints/round-*/model.spu"
 
 test: $(STAMP) ## the whole test suite
 	$(BIN)/python -m pytest

@@ -99,7 +99,7 @@ class RunConfig:
     mean_age: float | None = None
     age_scale: float = 10.0
     flips: bool = True
-    shift: int = 1
+    shift: int = 0
     scope: str = "global"
     exponent: float = 3.0
     prune_start: int = 1

@@ -98,16 +98,15 @@ def from_control(kind: type[_Record], control: Mapping[str, Any]) -> _Record:
     if set(control) != set(hints):
         wrong = sorted(set(control) ^ set(hints))
         raise FormatError(f"control: expected the fields of {kind.__name__}, differing: {wrong}")
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = dict(control)
     for name, hint in hints.items():
-        value = control[name]
+        value = values[name]
         if not isinstance(value, _JSON_TYPES[hint]) or (
             isinstance(value, bool) and hint is not bool
         ):
             raise FormatError(f"control: {name} has type {type(value).__name__}, expected {hint}")
-        if name in _COUNTS and value < 0:
+        if name in _COUNTS and int(value) < 0:
             raise FormatError(f"control: {name} is {value}, expected a count >= 0")
-        values[name] = value
     return kind(**values)
 
 

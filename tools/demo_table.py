@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sparsekit.fed.compare import bootstrap_mean, load_result, paired_difference
 from sparsekit.fed.result import read_predictions
 from sparsekit.fed.tables import format_bytes, format_flops
@@ -23,6 +25,7 @@ RESULTS = ROOT / "docs" / "results" / "demo.json"
 PAGE = ROOT / "docs" / "results" / "demo.md"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- demo table: begin -->", "<!-- demo table: end -->"
+KEPT = ("accuracy", "yardsticks", "data", "sparsity", "bytes", "flops", "seconds")
 STRATEGIES = ("fedavg", "fedsparsify")
 
 
@@ -34,12 +37,7 @@ def collect(folders: Sequence[Path]) -> dict[str, Any]:
         row: dict[str, Any] = {}
         for name in STRATEGIES:
             result = load_result(folder / name)
-            row[name] = {
-                key: result[key]
-                for key in (
-                    "accuracy", "yardsticks", "data", "sparsity", "bytes", "flops", "seconds",
-                )
-            }  # fmt: skip
+            row[name] = {key: result[key] for key in KEPT}
             row["seed"] = result["config"]["seed"]
             machine, config = result["machine"], result["config"]
         difference = paired_difference(folder / "fedsparsify", folder / "fedavg")
@@ -49,93 +47,100 @@ def collect(folders: Sequence[Path]) -> dict[str, Any]:
             abs(sparse["predicted"] - sparse["age"]) - abs(dense["predicted"] - dense["age"])
         )
         seeds.append(row)
-    pooled = bootstrap_mean(_concatenate(errors))
+    pooled = bootstrap_mean(np.concatenate(errors))
     settings = {k: v for k, v in config.items() if k not in ("cohort", "seed", "strategy")}
+    description = json.loads((folders[0] / "cohort" / "dataset_description.json").read_text())
     return {
         "machine": machine,
+        "cohort": description["SparsekitCohort"],
         "settings": settings,
         "seeds": seeds,
         "pooled_difference": [pooled.mean, pooled.low, pooled.high],
     }
 
 
-def _concatenate(parts: Sequence[Any]) -> Any:
-    import numpy as np
-
-    return np.concatenate(parts)
-
-
 def _payload(run: dict[str, Any]) -> int:
     return int(run["bytes"]["down"]["payload"] + run["bytes"]["up"]["payload"])
+
+
+def _of_mean(run: dict[str, Any]) -> str:
+    mean = run["yardsticks"]["mean predictor"]["test_mae"]
+    return f"{run['accuracy']['test_mae'] / mean:.2f}"
+
+
+def _interval(values: Sequence[float]) -> str:
+    mean, low, high = values
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+Cell = Callable[[dict[str, Any]], str]
 
 
 def table(results: dict[str, Any]) -> str:
     """Return the Markdown table of all seeds."""
     seeds = results["seeds"]
 
-    def row(title: str, cell: Callable[[dict[str, Any]], str]) -> str:
-        return f"| {title} | " + " | ".join(cell(seed) for seed in seeds) + " |"
+    def dense(show: Cell) -> Cell:
+        return lambda seed: show(seed["fedavg"])
 
-    def mae(name: str) -> Callable[[dict[str, Any]], str]:
-        return lambda s: f"{s[name]['accuracy']['test_mae']:.2f}"
+    def sparse(show: Cell) -> Cell:
+        return lambda seed: show(seed["fedsparsify"])
 
-    def yardstick(name: str) -> Callable[[dict[str, Any]], str]:
-        return lambda s: f"{s['fedavg']['yardsticks'][name]['test_mae']:.2f}"
+    def both(show: Cell) -> Cell:
+        return lambda seed: f"{show(seed['fedavg'])} / {show(seed['fedsparsify'])}"
 
-    def of_mean(name: str) -> Callable[[dict[str, Any]], str]:
-        return lambda s: (
-            f"{s[name]['accuracy']['test_mae'] / s[name]['yardsticks']['mean predictor']['test_mae']:.2f}"  # noqa: E501
-        )
+    def mae(run: dict[str, Any]) -> str:
+        return f"{run['accuracy']['test_mae']:.2f}"
 
-    def difference(seed: dict[str, Any]) -> str:
-        mean, low, high = seed["difference"]
-        return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+    def yardstick(name: str) -> Cell:
+        return dense(lambda run: f"{run['yardsticks'][name]['test_mae']:.2f}")
 
-    def both(show: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
-        return lambda s: f"{show(s['fedavg'])} / {show(s['fedsparsify'])}"
-
+    rows: dict[str, Cell] = {
+        "test MAE, dense FedAvg (years)": dense(mae),
+        "test MAE, FedSparsify (years)": sparse(mae),
+        "difference [95 %, paired]": lambda seed: _interval(seed["difference"]),
+        "MAE of the mean predictor": yardstick("mean predictor"),
+        "MAE of a ventricle count": yardstick("ventricle count"),
+        "MAE of a ridge on 8 mm voxels": yardstick("ridge on 8 mm voxels"),
+        "MAE / mean predictor's, FedAvg": dense(_of_mean),
+        "MAE / mean predictor's, FedSparsify": sparse(_of_mean),
+        "final sparsity, prunable weights": sparse(lambda r: f"{r['sparsity']['prunable']:.2%}"),
+        "payload down, dense / sparse": both(lambda r: format_bytes(r["bytes"]["down"]["payload"])),
+        "payload up, dense / sparse": both(lambda r: format_bytes(r["bytes"]["up"]["payload"])),
+        "payload, times less": lambda s: (
+            f"{_payload(s['fedavg']) / _payload(s['fedsparsify']):.2f}x"
+        ),
+        "FLOPs counted, dense / sparse": both(lambda r: format_flops(r["flops"]["counted"])),
+        "FLOPs executed, dense / sparse": both(lambda r: format_flops(r["flops"]["executed"])),
+        "wall clock, dense / sparse (s)": both(lambda r: f"{r['seconds']:.0f}"),
+    }
     lines = [
         "| | " + " | ".join(f"seed {seed['seed']}" for seed in seeds) + " |",
         "|---|" + "---|" * len(seeds),
-        row("test MAE, dense FedAvg (years)", mae("fedavg")),
-        row("test MAE, FedSparsify (years)", mae("fedsparsify")),
-        row("difference [95 %, paired]", difference),
-        row("MAE of the mean predictor", yardstick("mean predictor")),
-        row("MAE of a ventricle count", yardstick("ventricle count")),
-        row("MAE of a ridge on 8 mm voxels", yardstick("ridge on 8 mm voxels")),
-        row("FedAvg / mean predictor", of_mean("fedavg")),
-        row("FedSparsify / mean predictor", of_mean("fedsparsify")),
-        row("final sparsity, prunable weights", lambda s: f"{s['fedsparsify']['sparsity']['prunable']:.2%}"),  # noqa: E501
-        row("payload down, dense / sparse", both(lambda r: format_bytes(r["bytes"]["down"]["payload"]))),  # noqa: E501
-        row("payload up, dense / sparse", both(lambda r: format_bytes(r["bytes"]["up"]["payload"]))),  # noqa: E501
-        row("payload, times less", lambda s: f"{_payload(s['fedavg']) / _payload(s['fedsparsify']):.2f}x"),  # noqa: E501
-        row("FLOPs counted, dense / sparse", both(lambda r: format_flops(r["flops"]["counted"]))),
-        row("FLOPs executed, dense / sparse", both(lambda r: format_flops(r["flops"]["executed"]))),
-        row("wall clock, dense / sparse (s)", both(lambda r: f"{r['seconds']:.0f}")),
-    ]  # fmt: skip
+    ]
+    for title, cell in rows.items():
+        lines.append(f"| {title} | " + " | ".join(cell(seed) for seed in seeds) + " |")
     return "\n".join(lines)
 
 
 def summary(results: dict[str, Any]) -> str:
     """Return the table with what a reader must know beside it."""
     data = results["seeds"][0]["fedavg"]["data"]
-    mean, low, high = results["pooled_difference"]
     machine = results["machine"]
     ratios = [_payload(s["fedavg"]) / _payload(s["fedsparsify"]) for s in results["seeds"]]
     kind = "Synthetic people" if data["synthetic"] else "People"
-    return "\n".join(
-        [
-            table(results),
-            "",
-            f"{kind}, ages {data['age_min']:.0f} to {data['age_max']:.0f}: {data['train_n']} trained "
-            f"on, {data['test_n']} held out, {data['sites']} sites, a new cohort, split and start per "
-            f"seed. FedSparsify minus FedAvg over all seeds' held-out people: {mean:+.2f} years, 95 % "
-            f"interval [{low:+.2f}, {high:+.2f}]. Payload: {statistics.median(ratios):.2f}x less "
-            "(median). Masked convolution computes densely in this release, so executed FLOPs and "
-            "wall clock are those of a dense network. Measured on "
-            f"{machine['cores']} cores ({machine['processor']}), torch {machine['torch']}.",
-        ]
+    cohort = results["cohort"]
+    text = (
+        f"{kind}, ages {data['age_min']:.0f} to {data['age_max']:.0f}: {data['train_n']} trained "
+        f"on, {data['test_n']} held out, {data['sites']} sites; a new cohort, split and start per "
+        f"seed. The spread between people of one age is {cohort['residual_scale']:g} times that of "
+        "real people, so that a network learns within minutes. FedSparsify minus FedAvg over all "
+        f"seeds' held-out people: {_interval(results['pooled_difference'])} years (95 %). Payload: "
+        f"{statistics.median(ratios):.2f}x less (median). Masked convolution computes densely in "
+        "this release, so executed FLOPs and wall clock are those of a dense network. Measured on "
+        f"{machine['cores']} cores ({machine['processor']}), torch {machine['torch']}."
     )
+    return f"{table(results)}\n\n{text}"
 
 
 def page(results: dict[str, Any]) -> str:

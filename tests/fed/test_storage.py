@@ -85,6 +85,7 @@ def state(number: int) -> Checkpoint:
         weights=weights,
         masks={"a.weight": torch.tensor([True, False, True])},
         mean_age=60.0,
+        first_voxel=(1, 0, 2),
         in_shape=(3, 4, 5),
     )
     return Checkpoint(server=server, history=[{"round": number}], ledger_bytes=7, seconds=1.5)
