@@ -11,8 +11,8 @@ export PYTHONNOUSERSITE := 1
 # $(call demo_runs,FOLDER,SEED)
 define demo_runs
 $(BIN)/sparsekit cohort make $(1)/cohort $(DEMO_COHORT) --seed $(2) --workers 2
-$(BIN)/sparsekit fed run --cohort $(1)/cohort --out $(1)/fedavg --config examples/demo.toml --strategy fedavg --seed $(2)
-$(BIN)/sparsekit fed run --cohort $(1)/cohort --out $(1)/fedsparsify --config examples/demo.toml --strategy fedsparsify-global --sparsity 0.95 --seed $(2)
+$(BIN)/sparsekit fed run --cohort $(1)/cohort --out $(1)/fedavg --config examples/demo.toml --strategy fedavg --seed $(2) > $(1)/fedavg.txt
+$(BIN)/sparsekit fed run --cohort $(1)/cohort --out $(1)/fedsparsify --config examples/demo.toml --strategy fedsparsify-global --sparsity 0.95 --seed $(2) > $(1)/fedsparsify.txt
 endef
 
 .PHONY: help install demo demo-seeds trace test check format clean

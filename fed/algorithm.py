@@ -219,6 +219,36 @@ def average(updates: Sequence[Update]) -> dict[str, Tensor]:
     return merged
 
 
+def guard_filters(
+    masks: Masks, weights: State, within: Masks | None, least: int
+) -> dict[str, Tensor]:
+    """Give filters that a vote left with fewer than ``least`` weights their largest ones back.
+
+    Sites that each keep a weight of a filter may keep different ones, none with a majority.
+    """
+    guarded = dict(masks)
+    for name, mask in masks.items():
+        if mask.ndim < 2 or least == 0:
+            continue
+        rows = mask.reshape(mask.shape[0], -1)
+        starved = rows.sum(dim=1) < min(least, rows.shape[1])
+        if bool(starved.any()):
+            inside = None if within is None else within[name]
+            best = _largest_of_filters(weights[name], inside, least)
+            guarded[name] = mask | (best & starved.view(-1, *[1] * (mask.ndim - 1)))
+    return guarded
+
+
+def _largest_of_filters(weight: Tensor, within: Tensor | None, least: int) -> Tensor:
+    size = weight.abs().reshape(weight.shape[0], -1)
+    if within is not None:
+        size = torch.where(within.reshape(size.shape), size, -1.0)
+    # A stable sort: of equal weights the first wins.
+    order = torch.sort(size, dim=1, descending=True, stable=True).indices[:, :least]
+    chosen = torch.zeros_like(size, dtype=torch.bool).scatter_(1, order, True)
+    return (chosen & (size >= 0)).reshape(weight.shape)
+
+
 def aggregate(state: ServerState, updates: Mapping[str, Update], config: RunConfig) -> ServerState:
     """Merge one round's updates, sorted by site, and prune where the strategy says so."""
     assert updates, "a round without updates must end before aggregation"
@@ -229,7 +259,10 @@ def aggregate(state: ServerState, updates: Mapping[str, Update], config: RunConf
     sparsity = scheduled_sparsity(config, number)
     if sparsity is not None:
         if config.strategy == "fedsparsify-local":
-            masks = dict(prune.majority_vote([u.masks for u in ordered if u.masks is not None]))
+            votes = [update.masks for update in ordered if update.masks is not None]
+            masks = prune.majority_vote(votes)
+            if not config.paper:
+                masks = guard_filters(masks, weights, state.masks, config.min_per_filter)
         else:
             masks = purge_masks(
                 weights,

@@ -21,12 +21,13 @@ _LAYOUT = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A resumable moment: the server's state, the rounds' history, the ledger's length."""
+    """A resumable moment: server's state, rounds' history, ledger's length, sites' contents."""
 
     server: ServerState
     history: list[dict[str, Any]]
     ledger_bytes: int
     seconds: float
+    contents: dict[str, str]
 
 
 def _folder(run: Path, round_number: int) -> Path:
@@ -61,6 +62,7 @@ def save(run: Path, checkpoint: Checkpoint, *, keep: int) -> None:
                 "history": checkpoint.history,
                 "ledger_bytes": checkpoint.ledger_bytes,
                 "seconds": checkpoint.seconds,
+                "contents": checkpoint.contents,
             }
             (temporary / _STATE).write_text(json.dumps(state), encoding="utf-8")
             publish_folder(temporary, final)
@@ -120,6 +122,7 @@ def load_newest(run: Path) -> Checkpoint | None:
             history=state["history"],
             ledger_bytes=state["ledger_bytes"],
             seconds=state["seconds"],
+            contents=state["contents"],
         )
     except (OSError, KeyError, TypeError, ValueError, CodecError) as error:
         raise RunError(

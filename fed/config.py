@@ -73,6 +73,8 @@ class RunConfig:
         Train on the part of the grid that holds the brain, a fifth less to compute.
     normalisation, on_problem, test_fraction
         How scans are read and which are held out.
+    evaluate_every : int
+        Evaluate the model of every so many rounds on held-out people; the last one's always.
     quorum : float
         Fraction of the sites that must reply for a round to count.
     engine, threads, device, seed
@@ -111,6 +113,7 @@ class RunConfig:
     normalisation: str = "brain-zscore"
     on_problem: str = "refuse"
     test_fraction: float = 0.25
+    evaluate_every: int = 1
     quorum: float = 0.5
     engine: str = "inprocess"
     threads: int = 2
@@ -129,7 +132,7 @@ class RunConfig:
         _choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
         _choice("on_problem", self.on_problem, ("refuse", "skip"))
         _choice("device", self.device, ("cpu", "cuda"))
-        for name in ("rounds", "epochs", "batch", "prune_every"):
+        for name in ("rounds", "epochs", "batch", "prune_every", "evaluate_every"):
             _in_range(name, getattr(self, name), 1, _MOST)
         for name in ("prune_start", "min_per_filter", "keep_checkpoints"):
             _in_range(name, getattr(self, name), 0, _MOST)
@@ -138,8 +141,8 @@ class RunConfig:
         _in_range("shift", self.shift, 0, 8)
         _in_range("max_steps", self.max_steps, 0, _MOST)
         _in_range("seed", self.seed, 0, 2**63 - 1)
-        for name in ("weight_decay", "exponent"):
-            _in_range(name, getattr(self, name), 0.0, None)
+        _in_range("weight_decay", self.weight_decay, 0.0, None)
+        _in_range("exponent", self.exponent, 0.0, None, open_below=True)
         for name in ("sparsity", "dropout"):
             _in_range(name, getattr(self, name), 0.0, 1.0, open_above=True)
         _in_range("momentum", self.momentum, 0.0, 1.0, open_above=True)
@@ -183,6 +186,13 @@ _MOST = 10**9  # of any count: a slip of the finger, not a wish
 # What the released FedSparsify code sets for brain age (README and configs of
 # dstripelis/FedSparsify): the whole-volume z-score, plain SGD, one scan a step, 40 x 4 epochs.
 PAPER_PRESET: dict[str, Any] = {
+    "resolution": 2,
+    "crop": False,
+    "scope": "global",
+    "exponent": 3.0,
+    "prune_start": 1,
+    "prune_every": 1,
+    "dropout": 0.0,
     "rounds": 40,
     "epochs": 4,
     "batch": 1,

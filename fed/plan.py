@@ -28,6 +28,7 @@ class TrainPlan:
 
     round: int
     task: str
+    evaluate: bool
     epochs: int
     batch: int
     max_steps: int
@@ -53,13 +54,17 @@ class TrainPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Hello:
-    """What a site says of itself before the first round: counts and the ages' mean."""
+    """What a site says of itself before the first round: counts and the sum of ages.
+
+    ``content`` is a hash of its people, scans and split: a resumed run needs the same.
+    """
 
     site: str
     n_train: int
     n_test: int
     age_sum: float
     preprocessing_id: str
+    content: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +110,7 @@ def from_control(kind: type[_Record], control: Mapping[str, Any]) -> _Record:
             isinstance(value, bool) and hint is not bool
         ):
             raise FormatError(f"control: {name} has type {type(value).__name__}, expected {hint}")
-        if name in _COUNTS and int(value) < 0:
+        if name in _COUNTS and isinstance(value, int) and value < 0:
             raise FormatError(f"control: {name} is {value}, expected a count >= 0")
     return kind(**values)
 
@@ -140,6 +145,8 @@ def plan_for(
     return TrainPlan(
         round=round_number,
         task=task,
+        # The model that travels with round t is that of round t - 1.
+        evaluate=task == TASK_EVALUATE or (round_number - 1) % config.evaluate_every == 0,
         epochs=config.epochs,
         batch=config.batch,
         max_steps=config.max_steps,

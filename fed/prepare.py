@@ -1,12 +1,14 @@
 """From a cohort on disk to the sites of a federation: read, check, cache, split."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from sparsekit.errors import CohortError
 from sparsekit.fed.cohort.cache import SiteData, build_site_cache
@@ -23,9 +25,31 @@ _MOST_LETTERS = 200  # a file name may have 255 bytes
 Progress = Callable[[int, int], None]
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What a run works on.
+
+    Attributes
+    ----------
+    sites : list of SitePeople
+        In the order of their names.
+    resolution : int
+        Voxel size of the grid in mm.
+    skipped : list of Problem
+        What was left out, when ``on_problem`` is ``"skip"``.
+    synthetic : bool
+        Whether the scans come from a cohort that says it is synthetic.
+    """
+
+    sites: list[SitePeople]
+    resolution: int
+    skipped: list[Problem]
+    synthetic: bool
+
+
 def prepare_sites(
     config: RunConfig, cache_root: Path, progress: Progress | None = None
-) -> tuple[list[SitePeople], int, list[Problem]]:
+) -> Prepared:
     """Read every site's scans into its cache and split its people.
 
     Parameters
@@ -36,15 +60,6 @@ def prepare_sites(
         Folder of the caches; runs may share it.
     progress : callable, optional
         Called with (scans read, scans in all).
-
-    Returns
-    -------
-    sites : list of SitePeople
-        In the order of their names.
-    resolution : int
-        Voxel size of the grid in mm.
-    skipped : list of Problem
-        What was left out, when ``config.on_problem`` is ``"skip"``.
 
     Raises
     ------
@@ -67,7 +82,7 @@ def prepare_sites(
     _check_names(names)
     resolution = config.resolution or _resolution_of(scans)
     skipped = list(problems)
-    sites: list[SitePeople] = []
+    caches: dict[str, SiteData] = {}
     done = 0
     for name in names:
         own = [scan for scan in scans if scan.site == name]
@@ -88,17 +103,50 @@ def prepare_sites(
         )
         done += len(own)
         skipped += cache.skipped
-        sites.append(_split_site(name, cache, config))
-    return sites, resolution, skipped
+        caches[name] = cache
+    copies = _copies(caches.values(), config)
+    skipped += copies.values()
+    sites = [_split_site(name, cache, config, set(copies)) for name, cache in caches.items()]
+    return Prepared(sites, resolution, skipped, is_synthetic(scans[0].path))
 
 
-def is_synthetic(source: Path) -> bool:
-    """Whether a cohort says of itself, in its dataset_description.json, that it is synthetic."""
-    try:
-        text = (source / "dataset_description.json").read_text(encoding="utf-8")
-        return "synthetic" in str(json.loads(text)["Name"]).lower()
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+def _copies(caches: Iterable[SiteData], config: RunConfig) -> dict[str, Problem]:
+    """Find scans that stand under several names: they could be trained on and tested on at once.
+
+    Nothing says which name is right, so all of them are left out, or refused.
+    """
+    names: dict[str, list[tuple[str, str]]] = {}
+    for cache in caches:
+        for digest, person in zip(cache.digests, cache.participants, strict=True):
+            names.setdefault(digest, []).append((cache.site, person))
+    copies = {
+        digest: Problem(
+            path=digest,
+            participant=owners[0][1],
+            kind="duplicate-scan",
+            detail="one scan stands under " + ", ".join(f"{p} of {site}" for site, p in owners),
+            remedy="keep the entry that is right",
+        )
+        for digest, owners in names.items()
+        if len(owners) > 1
+    }
+    if copies and config.on_problem == "refuse":
+        raise CohortError(
+            f"cohort: {next(iter(copies.values())).detail} ({len(copies)} such scans). See "
+            "`sparsekit cohort check`, or leave them out with `--on-problem skip`"
+        )
+    return copies
+
+
+def is_synthetic(scan: Path) -> bool:
+    """Whether a scan lies in a folder whose dataset_description.json calls it synthetic."""
+    for folder in scan.resolve().parents:
+        try:
+            text = (folder / "dataset_description.json").read_text(encoding="utf-8")
+            return "SparsekitCohort" in json.loads(text)
+        except (OSError, ValueError, TypeError):
+            continue
+    return False
 
 
 def _resolution_of(scans: Sequence[Scan]) -> int:
@@ -126,23 +174,33 @@ def _check_names(sites: Sequence[str]) -> None:
             )
 
 
-def _split_site(name: str, cache: SiteData, config: RunConfig) -> SitePeople:
-    if len(set(cache.participants)) < 2:
+def _split_site(
+    name: str, cache: SiteData, config: RunConfig, left_out: Container[str]
+) -> SitePeople:
+    rows = [row for row, digest in enumerate(cache.digests) if digest not in left_out]
+    people = [cache.participants[row] for row in rows]
+    if len(set(people)) < 2:
         raise CohortError(
-            f"cohort: site {name!r} has {len(set(cache.participants))} usable people; at least 2 "
+            f"cohort: site {name!r} has {len(set(people))} usable people; at least 2 "
             "are needed, one to train on and one to hold out. Merge it with another site."
         )
     train, test = split_participants(
-        cache.participants,
-        seed=derive_seed(config.seed, "split", name),
-        test_fraction=config.test_fraction,
+        people, seed=derive_seed(config.seed, "split", name), test_fraction=config.test_fraction
     )
+    index = np.asarray(rows, np.int64)
+    content = xxhash.xxh3_128()
+    for part in (index[train], index[test]):
+        for row in part:
+            line = (cache.participants[row], cache.digests[row], float(cache.ages[row]))
+            content.update(repr(line).encode())
+        content.update(b"|")
     return SitePeople(
         name=name,
-        train=SiteScans(cache, train),
-        test=SiteScans(cache, test),
+        train=SiteScans(cache, index[train]),
+        test=SiteScans(cache, index[test]),
         test_sites=(name,) * len(test),
         preprocessing_id=cache.preprocessing_id,
+        content=content.hexdigest(),
     )
 
 
@@ -222,4 +280,5 @@ def pool_sites(sites: Sequence[SitePeople]) -> SitePeople:
         test=PooledScans([site.test for site in sites]),
         test_sites=tuple(name for site in sites for name in site.test_sites),
         preprocessing_id=sites[0].preprocessing_id,
+        content=xxhash.xxh3_128_hexdigest("".join(site.content for site in sites).encode()),
     )

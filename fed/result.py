@@ -1,10 +1,8 @@
 """What a finished run says in numbers: accuracy and yardsticks, bytes, FLOPs, time, machine."""
 
 import csv
-import io
 import os
 import platform
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,18 +17,15 @@ from sparsekit.fed.checkpoint import Checkpoint
 from sparsekit.fed.cohort.yardsticks import yardsticks
 from sparsekit.fed.config import RunConfig
 from sparsekit.fed.ledger import Ledger
-from sparsekit.fed.prepare import is_synthetic
-from sparsekit.fed.site import SitePeople
-from sparsekit.fed.storage import write_atomically
+from sparsekit.fed.prepare import Prepared
 
 LAYOUT = 1
-LEVELS = ("dense_equivalent", "payload", "control", "framing", "transport")
-YARDSTICKS_FILE = "yardsticks.csv"
+LEVELS: tuple[str, ...] = ("dense_equivalent", "payload", "control", "framing", "transport")
 PREDICTIONS_FILE = "predictions.csv"
 
 
 def summarize(
-    config: RunConfig, run: Path, final: Checkpoint, sites: Sequence[SitePeople], *, skipped: int
+    config: RunConfig, run: Path, final: Checkpoint, prepared: Prepared
 ) -> dict[str, Any]:
     """Collect a finished run's result.
 
@@ -42,15 +37,23 @@ def summarize(
         Its folder, with the ledger and the sites' predictions.
     final : Checkpoint
         Its last state and history.
-    sites : sequence of SitePeople
-        All sites, not pooled.
-    skipped : int
-        Scans left out because something was wrong with them.
+    prepared : Prepared
+        All sites, not pooled, and what was left out.
+
+    Raises
+    ------
+    RunError
+        If the final model predicts no finite ages.
     """
     people = read_predictions(run)
     error = np.abs(people["predicted"] - people["age"])
+    if not np.isfinite(error).all():
+        raise RunError(
+            f"run: the final model of {run} predicts no finite ages: the training diverged. Start "
+            "a new run with a lower --lr."
+        )
+    sites = prepared.sites
     measured = yardsticks([site.train for site in sites], [site.test for site in sites])
-    _store_yardsticks(run, measured, sites)
     server = final.server
     last = final.history[-1]
     ages = np.concatenate([site.train.ages for site in sites] + [people["age"]])
@@ -75,8 +78,8 @@ def summarize(
             "sites": len(sites),
             "train_n": sum(len(site.train) for site in sites),
             "test_n": len(error),
-            "skipped": skipped,
-            "synthetic": is_synthetic(Path(config.cohort)),
+            "skipped": len(prepared.skipped),
+            "synthetic": prepared.synthetic,
             "age_min": float(ages.min()),
             "age_max": float(ages.max()),
             "preprocessing": sites[0].preprocessing_id,
@@ -125,6 +128,9 @@ def read_predictions(run: Path) -> dict[str, npt.NDArray[Any]]:
             rows += csv.DictReader(stream)
     if not rows:
         raise RunError(f"run: {run} has no predictions; is it finished?")
+    # A site that missed the final hand-out still has its predictions of an earlier model.
+    newest = max(int(row["round"]) for row in rows)
+    rows = [row for row in rows if int(row["round"]) == newest]
     rows.sort(key=lambda row: (row["site"], row["participant"]))
     return {
         "participant": np.array([row["participant"] for row in rows]),
@@ -132,19 +138,6 @@ def read_predictions(run: Path) -> dict[str, npt.NDArray[Any]]:
         "age": np.array([float(row["age"]) for row in rows]),
         "predicted": np.array([float(row["predicted"]) for row in rows]),
     }
-
-
-def _store_yardsticks(run: Path, measured: Any, sites: Sequence[SitePeople]) -> None:
-    """Write each held-out person's error under every yardstick, for paired comparisons."""
-    people = [p for site in sites for p in site.test.participants]
-    names = [n for site in sites for n in site.test_sites]
-    stream = io.StringIO()
-    writer = csv.writer(stream)
-    writer.writerow(["participant", "site", *measured])
-    columns = [one.errors for one in measured.values()]
-    for person, site, *errors in zip(people, names, *columns, strict=True):
-        writer.writerow([person, site, *(f"{value:.6f}" for value in errors)])
-    write_atomically(run / YARDSTICKS_FILE, stream.getvalue().encode())
 
 
 def _correlation(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float | None:

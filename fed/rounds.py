@@ -166,7 +166,7 @@ def _require_quorum(
     rows: list[LedgerRow],
 ) -> None:
     total = len(answers) + len(failures)
-    needed = max(1, math.ceil(config.quorum * total))
+    needed = max(1, math.ceil(config.quorum * total - 1e-9))
     if len(answers) < needed:
         reasons = "; ".join(f"{site}: {f.outcome} ({f.detail})" for site, f in failures.items())
         raise QuorumError(

@@ -2,6 +2,7 @@
 
 import fcntl
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, Protocol
 from urllib.parse import quote
 
 from sparsekit.codec import encode
-from sparsekit.errors import CohortError, RunError, SparsekitError, UsageError
+from sparsekit.errors import CohortError, RunError, SparsekitError, SparsekitWarning, UsageError
 from sparsekit.fed import checkpoint, messages
 from sparsekit.fed.algorithm import ServerState, initial_state, is_prunable
 from sparsekit.fed.checkpoint import Checkpoint, resume_command
@@ -165,8 +166,9 @@ def _exclusive(run: Path) -> Iterator[None]:
 def _play(config: RunConfig, run: Path, cache: Path, watcher: Watcher) -> dict[str, Any]:
     try:
         with _exclusive(run):
-            sites, resolution, skipped = prepare_sites(config, cache, watcher.preparing)
-            for problem in skipped:
+            prepared = prepare_sites(config, cache, watcher.preparing)
+            sites = prepared.sites
+            for problem in prepared.skipped:
                 watcher.notice(f"skipped {problem.path}: {problem.detail}")
             pooled = config.strategy == "centralized"
             engine = InProcessEngine(
@@ -178,10 +180,10 @@ def _play(config: RunConfig, run: Path, cache: Path, watcher: Watcher) -> dict[s
                 travels=not pooled,
             )
             try:
-                final = _loop(config, run, engine, resolution, watcher)
+                final = _loop(config, run, engine, prepared.resolution, watcher)
             finally:
                 engine.close()
-            result = summarize(config, run, final, sites, skipped=len(skipped))
+            result = summarize(config, run, final, prepared)
             write_json(run / RESULT_FILE, result)
             return result
     except KeyboardInterrupt:
@@ -204,6 +206,7 @@ def _loop(
         saved = _first_checkpoint(config, hellos, raw_hellos, resolution, ledger, engine)
         checkpoint.save(run, saved, keep=config.keep_checkpoints)
     else:
+        _check_contents(saved.contents, hellos)
         ledger.truncate(saved.ledger_bytes)
     server, history, seconds = saved.server, list(saved.history), saved.seconds
 
@@ -212,7 +215,8 @@ def _loop(
         watcher.round_started(number, config.rounds, len(hellos))
         start = time.perf_counter()
         try:
-            outcome = play_round(server, config, engine, hellos, watcher.site_answered)
+            with _warnings_as_notices(watcher):
+                outcome = play_round(server, config, engine, hellos, watcher.site_answered)
         except QuorumError as error:
             ledger.append(error.rows)
             raise
@@ -220,7 +224,8 @@ def _loop(
             watcher.notice(f"round {number}: {site} is out: {failure.outcome} ({failure.detail})")
         # The reports tell how good the model was that the sites received.
         history[-1] = history[-1] | evaluation(outcome.answers)
-        watcher.round_finished(history[-1])
+        if history[-1]["test_n"]:
+            watcher.round_finished(history[-1])
         ledger.append(outcome.rows)
         seconds += time.perf_counter() - start
         entry = _entry(outcome.state, number, outcome.rows, seconds)
@@ -235,12 +240,28 @@ def _loop(
         history.append(entry)
         checkpoint.save(
             run,
-            Checkpoint(server, history, ledger.size_bytes, seconds),
+            Checkpoint(server, history, ledger.size_bytes, seconds, saved.contents),
             keep=config.keep_checkpoints,
         )
     model = encode(server.weights, masks=server.masks, round=server.round)
     write_atomically(run / MODEL_FILE, model)
-    return Checkpoint(server, history, ledger.size_bytes, seconds)
+    return Checkpoint(server, history, ledger.size_bytes, seconds, saved.contents)
+
+
+@contextmanager
+def _warnings_as_notices(watcher: Watcher) -> Iterator[None]:
+    """Show sparsekit's own warnings, such as an emptied layer, once a round beside the progress."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", SparsekitWarning)
+        yield
+    for text in dict.fromkeys(str(w.message) for w in caught if _is_ours(w)):
+        watcher.notice(text)
+    for other in (w for w in caught if not _is_ours(w)):
+        warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
+
+
+def _is_ours(warning: warnings.WarningMessage) -> bool:
+    return issubclass(warning.category, SparsekitWarning)
 
 
 def _check_hellos(hellos: Mapping[str, Hello]) -> None:
@@ -249,6 +270,16 @@ def _check_hellos(hellos: Mapping[str, Hello]) -> None:
         raise RunError(
             f"sites: they prepared their scans in different ways: {', '.join(sorted(kinds))}. "
             "Use one resolution and one normalisation everywhere."
+        )
+
+
+def _check_contents(saved: Mapping[str, str], hellos: Mapping[str, Hello]) -> None:
+    now = {site: hello.content for site, hello in hellos.items()}
+    if now != saved:
+        changed = sorted(site for site in {*now, *saved} if now.get(site) != saved.get(site))
+        raise RunError(
+            f"cohort: the people, ages or scans of {', '.join(changed)} are not those that the run "
+            "began with. Restore them, or start a new run."
         )
 
 
@@ -282,7 +313,8 @@ def _first_checkpoint(
     first_voxel, in_shape = config.box(resolution)
     server = initial_state(config, in_shape=in_shape, mean_age=mean_age, first_voxel=first_voxel)
     history = [_entry(server, 0, rows, 0.0)]
-    return Checkpoint(server, history, ledger.size_bytes, 0.0)
+    contents = {site: hello.content for site, hello in hellos.items()}
+    return Checkpoint(server, history, ledger.size_bytes, 0.0, contents)
 
 
 def _entry(server: ServerState, number: int, rows: list[Any], seconds: float) -> dict[str, Any]:

@@ -36,6 +36,8 @@ class SitePeople:
         Site of each held-out scan; it differs from ``name`` only where all sites are pooled.
     preprocessing_id : str
         Names the grid and normalisation of the scans; all sites must agree.
+    content : str
+        Hash over who is in which part, with which scan and age.
     """
 
     name: str
@@ -43,6 +45,7 @@ class SitePeople:
     test: Scans
     test_sites: tuple[str, ...]
     preprocessing_id: str
+    content: str
 
 
 class Site:
@@ -71,6 +74,7 @@ class Site:
             n_test=len(self.data.test),
             age_sum=float(self.data.train.ages.astype(np.float64).sum()),
             preprocessing_id=self.data.preprocessing_id,
+            content=self.data.content,
         )
         return messages.pack(as_control(hello))
 
@@ -97,9 +101,12 @@ class Site:
         trained = nn.sparsify(model, masks) if masks is not None else model
         trained.to(self.device)
 
-        predicted = predict(trained, self.data.test, plan, device=self.device, cancelled=cancelled)
-        truth = self.data.test.ages.astype(np.float64)
-        self._store_predictions(plan.round - 1, predicted, truth)
+        truth, predicted = np.zeros(0), np.zeros(0)
+        if plan.evaluate:
+            held_out = self.data.test
+            truth = held_out.ages.astype(np.float64)
+            predicted = predict(trained, held_out, plan, device=self.device, cancelled=cancelled)
+            self._store_predictions(plan.round - 1, predicted, truth)
         report = {
             "round": plan.round,
             "site": self.data.name,
@@ -141,7 +148,9 @@ class Site:
         masks: dict[str, Tensor] | None,
     ) -> bytes:
         updated = {name: p.detach().cpu() for name, p in model.named_parameters()}
-        if plan.local_sparsity is not None:
+        finite = all(bool(torch.isfinite(value).all()) for value in updated.values())
+        # A diverged model is sent as it is: the server names the outcome.
+        if plan.local_sparsity is not None and finite:
             masks = local_masks(updated, plan, masks)
             updated = {
                 name: torch.where(masks[name], value, 0.0) if name in masks else value

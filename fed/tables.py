@@ -33,6 +33,7 @@ def line_items(result: Mapping[str, Any]) -> dict[str, str]:
     mean_mae = result["yardsticks"]["mean predictor"]["test_mae"]
     items = {
         "strategy": result["config"]["strategy"],
+        "seed": f"{result['config']['seed']} (one run)",
         "data": "synthetic" if data["synthetic"] else "as given",
         "test MAE": f"{accuracy['test_mae']:.2f} years",
     }
@@ -44,6 +45,7 @@ def line_items(result: Mapping[str, Any]) -> dict[str, str]:
             f"{accuracy['test_mae'] / mean_mae:.3f}" if mean_mae else "-"
         ),
         "people trained on / held out": f"{data['train_n']} / {data['test_n']}",
+        "scans left out": str(data["skipped"]),
         "sites": str(data["sites"]),
         "ages": f"{data['age_min']:.0f} to {data['age_max']:.0f}",
         "final sparsity, prunable weights": f"{sparsity['prunable']:.2%}",

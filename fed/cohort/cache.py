@@ -51,6 +51,8 @@ class SiteData:
         Names grid, normalisation and dtype; see `normalise.preprocessing_id`.
     skipped : tuple of Problem
         Scans that were left out, with ``on_problem="skip"``.
+    digests : tuple of str
+        Hash of each scan's file: equal ones are copies of one scan.
     voxel_mm : tuple of float
     """
 
@@ -60,6 +62,7 @@ class SiteData:
     participants: tuple[str, ...]
     preprocessing_id: str
     skipped: tuple[Problem, ...]
+    digests: tuple[str, ...]
     voxel_mm: tuple[float, float, float]
 
 
@@ -140,6 +143,7 @@ def build_site_cache(
         participants=tuple(scan.participant for scan in kept),
         preprocessing_id=recipe.name,
         skipped=skipped,
+        digests=tuple(row["digest"] for row in manifest["rows"]),
         voxel_mm=grid.voxel_mm,
     )
 

@@ -7,7 +7,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import torch
 
-from sparsekit.errors import CodecError
+from sparsekit.errors import CodecError, SparsekitError
 from sparsekit.fed.engines.base import Answered, Failure, Reply
 from sparsekit.fed.site import Site
 
@@ -69,6 +69,8 @@ class InProcessEngine:
                     replies[name] = future.result()
                 except CodecError as error:
                     replies[name] = Failure("corrupt", str(error))
+                except (SparsekitError, OSError) as error:
+                    replies[name] = Failure("dead", str(error))
                 answered(name)
         return replies
 

@@ -31,7 +31,10 @@ def run_command(
         str | None,
         typer.Option(help="centralized | fedavg | fedsparsify-global | fedsparsify-local"),
     ] = None,
-    sparsity: Annotated[float | None, typer.Option(help="Final sparsity, e.g. 0.95.")] = None,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Final sparsity; 0 for dense. fedavg is always dense. [default: 0.95]"),
+    ] = None,
     rounds: Annotated[int | None, typer.Option(help="Rounds of the federation.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Local passes per round.")] = None,
     batch: Annotated[int | None, typer.Option(help="Scans per optimizer step.")] = None,

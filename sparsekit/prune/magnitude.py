@@ -251,6 +251,11 @@ def paper_masks(tensors: State, sparsity: float) -> dict[str, Tensor]:
     -------
     dict of Tensor, bool
         By name.
+
+    Warns
+    -----
+    EmptiedLayerWarning
+        A tensor keeps nothing.
     """
     if not 0.0 <= sparsity < 1.0:
         raise ArgumentError(f"sparsity: expected a number from 0 to below 1, got {sparsity}")
@@ -263,4 +268,6 @@ def paper_masks(tensors: State, sparsity: float) -> dict[str, Tensor]:
         float(t.detach()[largest[name]].abs().min()) for name, t in tensors.items()
         if bool(largest[name].any())
     )  # fmt: skip
-    return {name: t.detach().float().abs() >= threshold for name, t in tensors.items()}
+    masks = {name: t.detach().float().abs() >= threshold for name, t in tensors.items()}
+    _warn_if_emptied(masks, {name: t.numel() for name, t in tensors.items()})
+    return masks

@@ -66,7 +66,9 @@ def state() -> ServerState:
 
 def hellos(*sites: str) -> dict[str, Hello]:
     return {
-        site: Hello(site=site, n_train=10 * i, n_test=2, age_sum=0.0, preprocessing_id="x")
+        site: Hello(
+            site=site, n_train=10 * i, n_test=2, age_sum=0.0, preprocessing_id="x", content="y"
+        )
         for i, site in enumerate(sites, start=1)
     }
 
@@ -196,6 +198,31 @@ def test_local_votes_decide(state: ServerState) -> None:
         assert np.array_equal(merged.masks[name].numpy(), votes >= 2)
         expected = np.where(votes >= 2, votes / 4 * (state.weights[name].numpy() + 1.0), 0.0)
         np.testing.assert_allclose(merged.weights[name].numpy(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_vote_leaves_no_filter_empty(state: ServerState) -> None:
+    config = dataclasses.replace(CONFIG, strategy="fedsparsify-local")
+    state = dataclasses.replace(state, round=1)
+    plan, _ = plan_round(state, config)
+    name = "blocks.0.conv.weight"
+    updates = {}
+    for number, site in enumerate("abcdef"):
+        # Every site keeps another weight of the first filter: none has a majority.
+        weights = dict(state.weights)
+        masks = {n: torch.ones_like(t, dtype=torch.bool) for n, t in weights.items() if t.ndim == 5}
+        masks[name][0] = False
+        masks[name][0].view(-1)[number] = True
+        weights[name] = torch.where(masks[name], 1.0 + number, 0.0)
+        payload = encode(weights, masks=masks, base=state.weights)
+        updates[site] = read_update(payload, plan=plan, sent=state, n_train=10)
+    merged = aggregate(state, updates, config).masks
+    assert merged is not None
+    # The largest average of the filter is that of the last site's weight.
+    assert merged[name][0].view(-1).nonzero().tolist() == [[5]]
+    assert bool(merged[name][1:].all())
+    unguarded = aggregate(state, updates, dataclasses.replace(config, min_per_filter=0)).masks
+    assert unguarded is not None
+    assert not bool(unguarded[name][0].any())
 
 
 def test_records_survive_json() -> None:

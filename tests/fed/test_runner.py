@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from sparsekit.codec import decode, decode_masks
-from sparsekit.errors import RunError, UsageError
+from sparsekit.errors import CohortError, RunError, UsageError
 from sparsekit.fed import rounds, runner
 from sparsekit.fed.config import RunConfig
 from sparsekit.fed.ledger import Ledger, LedgerRow
@@ -227,3 +228,46 @@ def test_a_second_process_is_kept_out(tiny_cohort: Path, tiny_cache: Path, tmp_p
     seen: list[bool] = []
     start_run(make(tiny_cohort, rounds=2), run, cache=tiny_cache, watcher=Intruder())
     assert seen
+
+
+def rewrite(cohort: Path, target: Path, change: Callable[[list[str]], list[str]]) -> Path:
+    lines = cohort.read_text().splitlines()
+    full = [lines[0], *(f"{cohort.parent}/{line}" for line in lines[1:])]
+    target.write_text("\n".join(change(full)) + "\n")
+    return target
+
+
+def test_a_copied_scan_is_refused_or_left_out(
+    tiny_cohort: Path, tiny_cache: Path, tmp_path: Path
+) -> None:
+    def copy_first(lines: list[str]) -> list[str]:
+        source, age, _, _ = lines[1].split(",")
+        return [*lines, f"{source},{age},b,somebody-else"]
+
+    cohort = rewrite(tiny_cohort, tmp_path / "copied.csv", copy_first)
+    with pytest.raises(CohortError, match=r"a0 of a, somebody-else of b.*--on-problem skip"):
+        start_run(make(cohort, rounds=2), tmp_path / "r", cache=tiny_cache)
+    assert not (tmp_path / "r").exists()
+    config = make(cohort, rounds=2, on_problem="skip")
+    result = start_run(config, tmp_path / "r", cache=tiny_cache)
+    assert result["data"]["skipped"] == 1
+    assert result["data"]["train_n"] + result["data"]["test_n"] == 14
+
+
+def test_resume_needs_the_same_people(tiny_cohort: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    cohort = rewrite(tiny_cohort, tmp_path / "people.csv", lambda lines: lines)
+    run = tmp_path / "r"
+    start_run(make(cohort, rounds=2), run, cache=tiny_cache)
+    rewrite(tiny_cohort, cohort, lambda lines: lines[:-1])
+    with pytest.raises(RunError, match=r"scans of c/d are not those"):
+        resume_run(run, cache=tiny_cache)
+
+
+def test_fewer_evaluations_change_nothing_else(
+    tiny_cohort: Path, tiny_cache: Path, tmp_path: Path, finished: Path
+) -> None:
+    config = make(tiny_cohort, evaluate_every=2)
+    result = start_run(config, tmp_path / "r", cache=tiny_cache)
+    assert (tmp_path / "r/model.spu").read_bytes() == (finished / "model.spu").read_bytes()
+    assert [entry["test_n"] > 0 for entry in result["history"]] == [True, False, True, True]
+    assert result["accuracy"] == json.loads((finished / "result.json").read_text())["accuracy"]

@@ -88,7 +88,13 @@ def state(number: int) -> Checkpoint:
         first_voxel=(1, 0, 2),
         in_shape=(3, 4, 5),
     )
-    return Checkpoint(server=server, history=[{"round": number}], ledger_bytes=7, seconds=1.5)
+    return Checkpoint(
+        server=server,
+        history=[{"round": number}],
+        ledger_bytes=7,
+        seconds=1.5,
+        contents={"a": "hash"},
+    )
 
 
 def test_checkpoints_come_back_and_old_ones_go(tmp_path: Path) -> None:
