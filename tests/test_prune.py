@@ -229,6 +229,7 @@ def test_masks_are_a_function_of_weights_and_sparsity_only() -> None:
 
 @pytest.mark.parametrize("s", [0.0, 0.3, 0.5, 0.95, 0.999])
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "mixed"])
+@pytest.mark.filterwarnings("ignore::sparsekit.errors.EmptiedLayerWarning")
 def test_paper_rule_is_a_threshold_that_keeps_all_ties(s: float, half: bool) -> None:
     tensors = {n: (t * 8).round() / 8 for n, t in random_tensors().items()}
     tensors["bias"] = torch.linspace(-1, 1, 9)
@@ -239,6 +240,12 @@ def test_paper_rule_is_a_threshold_that_keeps_all_ties(s: float, half: bool) -> 
     masks = prune.paper_masks(tensors, s)
     for name, t in tensors.items():
         assert torch.equal(masks[name], t.double().abs() >= threshold)
+
+
+def test_paper_rule_names_what_it_empties() -> None:
+    tensors = {"large": torch.ones(9), "small": torch.full((9,), 0.1)}
+    with pytest.warns(EmptiedLayerWarning, match="no weight is left in small"):
+        prune.paper_masks(tensors, 0.5)
 
 
 def test_paper_rule_keeps_everything_when_the_threshold_is_zero() -> None:

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -242,7 +243,8 @@ def test_a_copied_scan_is_refused_or_left_out(
 ) -> None:
     def copy_first(lines: list[str]) -> list[str]:
         source, age, _, _ = lines[1].split(",")
-        return [*lines, f"{source},{age},b,somebody-else"]
+        shutil.copy(source, tmp_path / "copy.nii.gz")
+        return [*lines, f"copy.nii.gz,{age},b,somebody-else"]
 
     cohort = rewrite(tiny_cohort, tmp_path / "copied.csv", copy_first)
     with pytest.raises(CohortError, match=r"a0 of a, somebody-else of b.*--on-problem skip"):

@@ -1,11 +1,6 @@
 """The fused op against instance norm, max pooling and ReLU of torch in float64."""
 
 import copy
-import hashlib
-import os
-import select
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -379,72 +374,6 @@ REFUSALS = [
 def test_refusals(x: Tensor, backend: str, kind: type[Exception], text: str) -> None:
     with pytest.raises(kind, match=text):
         norm_pool_relu(x, backend=backend)
-
-
-@pytest.fixture
-def torch_threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-def test_the_number_of_threads_changes_no_bit(torch_threads: Callable[[int], None]) -> None:
-    x = make(LARGE)
-    results = []
-    for threads in (1, 2, 5):
-        torch_threads(threads)
-        results.append(with_gradient(run_cpu, x))
-    for result in results[1:]:
-        assert torch.equal(result[0], results[0][0])
-        assert torch.equal(result[1], results[0][1])
-
-
-def test_several_python_threads_at_once(torch_threads: Callable[[int], None]) -> None:
-    inputs = [make(LARGE, seed) for seed in range(4)]
-    torch_threads(1)
-    expected = [with_gradient(run_cpu, x) for x in inputs]
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-    # Threads take torch's number of threads from the main one at their first use of torch.
-    torch_threads(2)
-
-    def work(i: int) -> None:
-        torch.set_num_threads(2)
-        found[i] = with_gradient(run_cpu, inputs[i])
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i, (y, grad_x) in enumerate(expected):
-        assert torch.equal(found[i][0], y)
-        assert torch.equal(found[i][1], grad_x)
-
-
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_forked_child_starts_its_own_threads(
-    torch_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # torch's own threads and its autograd do not survive a fork: forward only, ours only.
-    torch_threads(1)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    x = make(LARGE)
-    expected = hashlib.sha256(run_cpu(x).numpy().tobytes()).digest()
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.write(write, hashlib.sha256(run_cpu(x).numpy().tobytes()).digest())
-        finally:
-            os._exit(0)
-    os.close(write)
-    try:
-        with os.fdopen(read, "rb") as pipe:
-            assert select.select([pipe], [], [], 30)[0], "the child does not answer"
-            assert pipe.read() == expected
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
 
 
 def torch_network(model: BrainAgeCNN) -> nn.Sequential:
