@@ -1,0 +1,281 @@
+"""Register tiles for Numba kernels: vector instructions that its own compiler would not choose.
+
+A tile is ``a`` x ``b`` vectors of `LANES` float32 numbers that live in registers. Kernels hold sums
+in a tile while they walk a list, so that memory is read once per multiply-add and nothing is
+written until the end. Addresses are int64 numbers of bytes; a tile's rows lie ``row`` bytes apart
+and the vectors of a row follow one another. Loads and stores need the alignment of one float
+only. ``a``, ``b`` and the like must be constants of the kernel's module or closure: they decide
+the machine code.
+
+The vector width is that of the machine (512, 256 or 128 bits), as is the number of registers.
+"""
+
+from typing import Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.datamodel import models
+from numba.extending import intrinsic, register_model
+
+
+def _lanes_and_registers() -> tuple[int, int]:
+    features = llvm.get_host_cpu_features()
+    if features.get("avx512f"):
+        return 16, 32
+    if features.get("avx"):
+        return 8, 16
+    # 128 bits: SSE2 has 16 registers, NEON 32; the smaller number fits both.
+    return 4, 16
+
+
+LANES, REGISTERS = _lanes_and_registers()
+"""Float32 numbers in a vector, and vectors that registers can hold."""
+VECTOR_BYTES = 4 * LANES
+
+_F32 = ir.FloatType()
+_VECTOR = ir.VectorType(_F32, LANES)
+_I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+_UNDEFINED = ir.Constant(_VECTOR, ir.Undefined)
+
+
+class Tile(types.Type):  # type: ignore[misc]
+    """Numba's type of `count` vectors in registers."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        super().__init__(f"Tile({count} x {LANES} float32)")
+
+
+@register_model(Tile)
+class _TileModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, dmm: Any, fe_type: Tile) -> None:
+        super().__init__(dmm, fe_type, ir.ArrayType(_VECTOR, fe_type.count))
+
+
+def _pointer(builder: Any, address: Any, kind: Any = _VECTOR) -> Any:
+    return builder.inttoptr(address, kind.as_pointer())
+
+
+def _load(builder: Any, address: Any, kind: Any = _VECTOR) -> Any:
+    value = builder.load(_pointer(builder, address, kind))
+    value.align = 4
+    return value
+
+
+def _fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
+    kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
+    name = f"llvm.fma.v{LANES}f32"
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [x, y, z])
+
+
+def _splat(builder: Any, scalar: Any) -> Any:
+    first = builder.insert_element(_UNDEFINED, scalar, _I32(0))
+    zeros = ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
+    return builder.shuffle_vector(first, _UNDEFINED, zeros)
+
+
+def _shuffle(builder: Any, x: Any, y: Any, lanes: list[int]) -> Any:
+    return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
+
+
+def _addresses(builder: Any, first: Any, row: Any, a: int, b: int) -> list[Any]:
+    found = []
+    start = first
+    for i in range(a):
+        start = builder.add(start, row) if i else start
+        found += [builder.add(start, _I64(j * VECTOR_BYTES)) for j in range(b)]
+    return found
+
+
+def _pack(builder: Any, vectors: list[Any]) -> Any:
+    tile = ir.Constant(ir.ArrayType(_VECTOR, len(vectors)), ir.Undefined)
+    for i, vector in enumerate(vectors):
+        tile = builder.insert_value(tile, vector, i)
+    return tile
+
+
+def _unpack(builder: Any, tile: Any) -> list[Any]:
+    return [builder.extract_value(tile, i) for i in range(tile.type.count)]
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def filled(typing_context: Any, count: Any, scalar: Any) -> Any:
+    """Return a tile of ``count`` vectors with ``scalar`` (float32) in every lane."""
+    kind = Tile(count.literal_value)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        del context, signature
+        return _pack(builder, [_splat(builder, args[1])] * kind.count)
+
+    return kind(count, types.float32), generate
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def load_tile(typing_context: Any, address: Any, row: Any, a: Any, b: Any) -> Any:
+    """Return the tile that stands in memory at ``address``."""
+    a_, b_ = a.literal_value, b.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        del context, signature
+        where = _addresses(builder, args[0], args[1], a_, b_)
+        return _pack(builder, [_load(builder, address) for address in where])
+
+    return Tile(a_ * b_)(types.int64, types.int64, a, b), generate
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def store_tile(typing_context: Any, tile: Any, address: Any, row: Any, a: Any, b: Any) -> Any:
+    """Write a tile to memory at ``address``."""
+    a_, b_ = a.literal_value, b.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        del signature
+        where = _addresses(builder, args[1], args[2], a_, b_)
+        for address, vector in zip(where, _unpack(builder, args[0]), strict=True):
+            builder.store(vector, _pointer(builder, address)).align = 4
+        return context.get_dummy_value()
+
+    return types.void(tile, types.int64, types.int64, a, b), generate
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def stream_tile(typing_context: Any, tile: Any, address: Any, row: Any, a: Any, b: Any) -> Any:
+    """Write a tile past the caches; address and row must be multiples of `VECTOR_BYTES`.
+
+    For results larger than the caches: the lines are not read from memory first.
+    """
+    a_, b_ = a.literal_value, b.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        del signature
+        where = _addresses(builder, args[1], args[2], a_, b_)
+        for address, vector in zip(where, _unpack(builder, args[0]), strict=True):
+            store = builder.store(vector, _pointer(builder, address))
+            store.align = VECTOR_BYTES
+            store.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
+        return context.get_dummy_value()
+
+    return types.void(tile, types.int64, types.int64, a, b), generate
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def add_product(
+    typing_context: Any, tile: Any, scalar: Any, address: Any, row: Any, a: Any, b: Any
+) -> Any:
+    """Return ``tile + scalar * memory``, the memory's tile standing at ``address``."""
+    a_, b_ = a.literal_value, b.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        del context, signature
+        factor = _splat(builder, args[1])
+        where = _addresses(builder, args[2], args[3], a_, b_)
+        sums = _unpack(builder, args[0])
+        return _pack(
+            builder,
+            [
+                _fma(builder, _load(builder, address), factor, total)
+                for address, total in zip(where, sums, strict=True)
+            ],
+        )
+
+    return tile(tile, types.float32, types.int64, types.int64, a, b), generate
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def add_product_and_dot(
+    typing_context: Any,
+    tile: Any,
+    other: Any,
+    scalar: Any,
+    address: Any,
+    row: Any,
+    a: Any,
+    b: Any,
+) -> Any:
+    """Read the tile ``m`` at ``address`` once for two uses.
+
+    Returns ``tile + scalar * m`` and a tile of one vector, the products ``other * m`` summed over
+    the vectors (not over the lanes).
+    """
+    a_, b_ = a.literal_value, b.literal_value
+    result = types.Tuple((tile, Tile(1)))
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        del signature
+        factor = _splat(builder, args[2])
+        sums, others = _unpack(builder, args[0]), _unpack(builder, args[1])
+        dot = None
+        for i, address in enumerate(_addresses(builder, args[3], args[4], a_, b_)):
+            value = _load(builder, address)
+            sums[i] = _fma(builder, value, factor, sums[i])
+            dot = (
+                builder.fmul(value, others[i])
+                if dot is None
+                else _fma(builder, value, others[i], dot)
+            )
+        return context.make_tuple(builder, result, [_pack(builder, sums), _pack(builder, [dot])])
+
+    return result(tile, other, types.float32, types.int64, types.int64, a, b), generate
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def add_lane_sums(typing_context: Any, source: Any, target: Any, count: Any) -> Any:
+    """Add the sum over lanes of each of ``count`` vectors to ``count`` float32 numbers.
+
+    The vectors stand one after another at the address ``source``, the numbers at ``target``;
+    ``count`` is a power of two up to `LANES`. The order of the additions is fixed.
+    """
+    count_ = count.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        del signature
+        vectors = [
+            _load(builder, builder.add(args[0], _I64(i * VECTOR_BYTES))) for i in range(count_)
+        ]
+        run = 1
+        while len(vectors) > 1:
+            pairs = zip(vectors[::2], vectors[1::2], strict=True)
+            vectors = [_add_halves(builder, x, y, run) for x, y in pairs]
+            run *= 2
+        total, width = vectors[0], LANES
+        while width > count_:
+            width //= 2
+            low, high = list(range(width)), list(range(width, 2 * width))
+            total = builder.fadd(
+                _shuffle(builder, total, total, low), _shuffle(builder, total, total, high)
+            )
+        kind = ir.VectorType(_F32, count_)
+        updated = builder.fadd(_load(builder, args[1], kind), total)
+        builder.store(updated, _pointer(builder, args[1], kind)).align = 4
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, count), generate
+
+
+def _add_halves(builder: Any, x: Any, y: Any, run: int) -> Any:
+    """Halve the lanes of x and y by adding neighbouring runs, and interleave the results."""
+    low, high = [], []
+    for start in range(0, LANES, 2 * run):
+        first, second = range(start, start + run), range(start + run, start + 2 * run)
+        low += [*first, *(LANES + i for i in first)]
+        high += [*second, *(LANES + i for i in second)]
+    return builder.fadd(_shuffle(builder, x, y, low), _shuffle(builder, x, y, high))
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def prefetch(typing_context: Any, address: Any, lines: Any, write: Any) -> Any:
+    """Ask for ``lines`` cache lines from ``address`` on; ``write`` is 1 if they will be written."""
+    lines_, write_ = lines.literal_value, write.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        del signature
+        pointer = _I8.as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        for i in range(lines_):
+            line = builder.inttoptr(builder.add(args[0], _I64(64 * i)), pointer)
+            builder.call(function, [line, _I32(write_), _I32(2), _I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, lines, write), generate
