@@ -39,7 +39,7 @@ _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _UNDEFINED = ir.Constant(_VECTOR, ir.Undefined)
 
 
-class Tile(types.Type):  # type: ignore[misc]
+class Tile(types.Type):
     """Numba's type of `count` vectors in registers."""
 
     def __init__(self, count: int) -> None:
@@ -48,7 +48,7 @@ class Tile(types.Type):  # type: ignore[misc]
 
 
 @register_model(Tile)
-class _TileModel(models.PrimitiveModel):  # type: ignore[misc]
+class _TileModel(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: Tile) -> None:
         super().__init__(dmm, fe_type, ir.ArrayType(_VECTOR, fe_type.count))
 
@@ -99,7 +99,7 @@ def _unpack(builder: Any, tile: Any) -> list[Any]:
     return [builder.extract_value(tile, i) for i in range(tile.type.count)]
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def filled(typing_context: Any, count: Any, scalar: Any) -> Any:
     """Return a tile of ``count`` vectors with ``scalar`` (float32) in every lane."""
     kind = Tile(count.literal_value)
@@ -111,7 +111,7 @@ def filled(typing_context: Any, count: Any, scalar: Any) -> Any:
     return kind(count, types.float32), generate
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def load_tile(typing_context: Any, address: Any, row: Any, a: Any, b: Any) -> Any:
     """Return the tile that stands in memory at ``address``."""
     a_, b_ = a.literal_value, b.literal_value
@@ -124,7 +124,7 @@ def load_tile(typing_context: Any, address: Any, row: Any, a: Any, b: Any) -> An
     return Tile(a_ * b_)(types.int64, types.int64, a, b), generate
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def store_tile(typing_context: Any, tile: Any, address: Any, row: Any, a: Any, b: Any) -> Any:
     """Write a tile to memory at ``address``."""
     a_, b_ = a.literal_value, b.literal_value
@@ -139,7 +139,7 @@ def store_tile(typing_context: Any, tile: Any, address: Any, row: Any, a: Any, b
     return types.void(tile, types.int64, types.int64, a, b), generate
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def stream_tile(typing_context: Any, tile: Any, address: Any, row: Any, a: Any, b: Any) -> Any:
     """Write a tile past the caches; address and row must be multiples of `VECTOR_BYTES`.
 
@@ -159,7 +159,7 @@ def stream_tile(typing_context: Any, tile: Any, address: Any, row: Any, a: Any, 
     return types.void(tile, types.int64, types.int64, a, b), generate
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def add_product(
     typing_context: Any, tile: Any, scalar: Any, address: Any, row: Any, a: Any, b: Any
 ) -> Any:
@@ -182,7 +182,7 @@ def add_product(
     return tile(tile, types.float32, types.int64, types.int64, a, b), generate
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def add_product_and_dot(
     typing_context: Any,
     tile: Any,
@@ -219,7 +219,7 @@ def add_product_and_dot(
     return result(tile, other, types.float32, types.int64, types.int64, a, b), generate
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def add_lane_sums(typing_context: Any, source: Any, target: Any, count: Any) -> Any:
     """Add the sum over lanes of each of ``count`` vectors to ``count`` float32 numbers.
 
@@ -263,7 +263,7 @@ def _add_halves(builder: Any, x: Any, y: Any, run: int) -> Any:
     return builder.fadd(_shuffle(builder, x, y, low), _shuffle(builder, x, y, high))
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def prefetch(typing_context: Any, address: Any, lines: Any, write: Any) -> Any:
     """Ask for ``lines`` cache lines from ``address`` on; ``write`` is 1 if they will be written."""
     lines_, write_ = lines.literal_value, write.literal_value
