@@ -50,7 +50,7 @@ class Tile(types.Type):
 @register_model(Tile)
 class _TileModel(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: Tile) -> None:
-        super().__init__(dmm, fe_type, ir.ArrayType(_VECTOR, fe_type.count))
+        super().__init__(dmm, fe_type, ir.ArrayType(_VECTOR, fe_type.count))  # type: ignore[no-untyped-call]
 
 
 def _pointer(builder: Any, address: Any, kind: Any = _VECTOR) -> Any:
