@@ -110,3 +110,36 @@ def clear_bytes(typing_context: Any, target: Any, count: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def floats(typing_context: Any, address: Any) -> Any:
+    """Return ``address`` as a pointer to float32, for `numba.carray`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        del context, signature
+        return _pointer(builder, args[0], _F32)
+
+    return types.CPointer(types.float32)(types.int64), generate
+
+
+@intrinsic
+def octets(typing_context: Any, address: Any) -> Any:
+    """Return ``address`` as a pointer to uint8, for `numba.carray`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        del context, signature
+        return _pointer(builder, args[0], _I8)
+
+    return types.CPointer(types.uint8)(types.int64), generate
+
+
+@intrinsic
+def ints(typing_context: Any, address: Any) -> Any:
+    """Return ``address`` as a pointer to int32, for `numba.carray`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        del context, signature
+        return _pointer(builder, args[0], _I32)
+
+    return types.CPointer(types.int32)(types.int64), generate

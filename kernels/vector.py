@@ -279,3 +279,126 @@ def prefetch(typing_context: Any, address: Any, lines: Any, write: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, lines, write), generate
+
+
+@intrinsic(prefer_literal=True)
+def pool_windows(
+    typing_context: Any,
+    first: Any,
+    row: Any,
+    plane: Any,
+    columns: Any,
+    pivot: Any,
+    target: Any,
+    winner: Any,
+    sums: Any,
+) -> Any:
+    """Take window maxima of the next 2 * `LANES` columns of two rows in two planes.
+
+    Parameters (int64 addresses and bytes but for ``pivot``, float32)
+    ----------
+    first
+        First column of the upper row in the upper plane; whole vectors are read from it on.
+    row, plane
+        Bytes to the lower row and to the lower plane.
+    columns
+        Columns that count, at least 1; others are read and left out.
+    pivot
+        Subtracted before sums are taken.
+    target, winner
+        Where ``columns // 2`` maxima go (float32), and the numbers of the voxels that they came
+        from (uint8, 0 to 7 in C order; of equal values the first).
+    sums
+        Two vectors in memory: sums of all values less the pivot, and of their squares, are added.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        del signature
+        first_, row_, plane_, columns_, pivot_, target_, winner_, sums_ = args
+        integers = ir.VectorType(_I32, LANES)
+        count = builder.trunc(columns_, _I32)
+        tops, places = [], []
+        total = _load(builder, sums_)
+        squares = _load(builder, builder.add(sums_, _I64(VECTOR_BYTES)))
+        center = _splat(builder, pivot_)
+        zero = ir.Constant(_VECTOR, [0.0] * LANES)
+        for half in range(2):
+            start = builder.add(first_, _I64(half * VECTOR_BYTES))
+            lower = builder.add(start, plane_)
+            values = [
+                _load(builder, address)
+                for address in (start, builder.add(start, row_), lower, builder.add(lower, row_))
+            ]
+            top = values[0]
+            place = ir.Constant(integers, [0] * LANES)
+            for number, value in zip((2, 4, 6), values[1:], strict=True):
+                larger = builder.fcmp_ordered(">", value, top)
+                place = builder.select(larger, ir.Constant(integers, [number] * LANES), place)
+                top = builder.select(larger, value, top)
+            tops.append(top)
+            places.append(place)
+            lanes = ir.Constant(integers, [half * LANES + i for i in range(LANES)])
+            inside = builder.icmp_signed("<", lanes, _splat_int(builder, count))
+            for value in values:
+                moved = builder.select(inside, builder.fsub(value, center), zero)
+                total = builder.fadd(total, moved)
+                squares = _fma(builder, moved, moved, squares)
+        builder.store(total, _pointer(builder, sums_)).align = 4
+        builder.store(
+            squares, _pointer(builder, builder.add(sums_, _I64(VECTOR_BYTES)))
+        ).align = 4
+        even, odd = list(range(0, 2 * LANES, 2)), list(range(1, 2 * LANES, 2))
+        left, right = (_shuffle(builder, *tops, lanes) for lanes in (even, odd))
+        left_at, right_at = (_shuffle(builder, *places, lanes) for lanes in (even, odd))
+        right_at = builder.add(right_at, ir.Constant(integers, [1] * LANES))
+        equal_and_before = builder.and_(
+            builder.fcmp_ordered("==", right, left), builder.icmp_signed("<", right_at, left_at)
+        )
+        take_right = builder.or_(builder.fcmp_ordered(">", right, left), equal_and_before)
+        value = builder.select(take_right, right, left)
+        place = builder.trunc(
+            builder.select(take_right, right_at, left_at), ir.VectorType(_I8, LANES)
+        )
+        lanes = ir.Constant(integers, list(range(LANES)))
+        pooled = _splat_int(builder, builder.ashr(count, _I32(1)))
+        inside = builder.icmp_signed("<", lanes, pooled)
+        _masked_store(builder, value, target_, inside, f"v{LANES}f32")
+        _masked_store(builder, place, winner_, inside, f"v{LANES}i8")
+        return context.get_dummy_value()
+
+    return (
+        types.void(*[types.int64] * 4, types.float32, *[types.int64] * 3),
+        generate,
+    )
+
+
+def _splat_int(builder: Any, scalar: Any) -> Any:
+    undefined = ir.Constant(ir.VectorType(_I32, LANES), ir.Undefined)
+    first = builder.insert_element(undefined, scalar, _I32(0))
+    zeros = ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
+    return builder.shuffle_vector(first, undefined, zeros)
+
+
+def _masked_store(builder: Any, value: Any, address: Any, inside: Any, kind: str) -> None:
+    pointer = _pointer(builder, address, value.type)
+    signature = ir.FunctionType(
+        ir.VoidType(), [value.type, pointer.type, _I32, inside.type]
+    )
+    function = cgutils.get_or_insert_function(
+        builder.module, signature, f"llvm.masked.store.{kind}.p0"
+    )
+    builder.call(function, [value, pointer, _I32(1), inside])
+
+
+@intrinsic(prefer_literal=True)
+def stream_bytes(typing_context: Any, target: Any, source: Any) -> Any:
+    """Copy one vector past the caches; ``target`` is a multiple of `VECTOR_BYTES`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        del signature
+        store = builder.store(_load(builder, args[1]), _pointer(builder, args[0]))
+        store.align = VECTOR_BYTES
+        store.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate

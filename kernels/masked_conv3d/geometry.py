@@ -206,7 +206,10 @@ def geometry(shape: Shape, lanes: int, registers: int) -> Geometry:
         gradient=padded(
             shape.c_out, gradient_plane, gradient_planes, gradient_interior, gradient_end
         ),
-        target=padded(shape.c_out, target_plane, forward.planes, 0, 0),
+        # Readers of the target's rows take whole vectors, also at its end.
+        target=padded(
+            shape.c_out, target_plane, forward.planes, 0, target_plane * forward.planes + 2 * lanes
+        ),
         source_gradient=padded(source_channels, dx_plane, backward.planes, 0, 0),
         forward=forward,
         backward=backward,

@@ -17,9 +17,9 @@ from sparsekit.types import Size3
 
 # A block of channels should stay in the first cache if each of its lists is long enough to pay for
 # reading and writing the tile's sums once more, else in the second.
-_FIRST_CACHE_BYTES = 32 << 10
+_FIRST_CACHE_BYTES = 40 << 10
 _SECOND_CACHE_BYTES = 384 << 10
-_LEAST_ENTRIES = 9.0
+_LEAST_ENTRIES = 7.0
 # Work below which a second thread costs more than it brings, in multiply-adds.
 _WORK_PER_THREAD = 1 << 18
 _BYTES_PER_THREAD = 1 << 18
