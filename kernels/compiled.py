@@ -16,7 +16,7 @@ sizes when two processes save them at once. Here a kernel has one file, and its 
 cover everything that decides on the machine code: all sources in this folder, the constants in the
 kernel's closure, versions, the processor. Loading takes a few milliseconds. Files lie in the first
 of these folders that can be written: ``NUMBA_CACHE_DIR`` if it is set, ``__pycache__`` beside this
-module, ``sparsekit/kernels`` in the user's cache folder. If none can be, each process compiles anew.
+module, ``sparsekit/kernels`` in the user's cache folder. If none can be, each process compiles.
 """
 
 import contextlib
@@ -97,7 +97,7 @@ class Kernel:
         if self._fastmath:
             options["fastmath"] = set(self._fastmath)
         signature = (numba.from_dtype(self.job_dtype),), types.void
-        compiled = CFunc(self._function, signature, {}, options)
+        compiled: Any = CFunc(self._function, signature, {}, options)
         constants = (_constants(self._function), self.job_dtype.descr, self._fastmath)
         compiled._cache = _DiskCache(self._function, repr(constants), self._sources)
         compiled.compile()
@@ -121,10 +121,10 @@ def kernel(
     Returns
     -------
     callable
-        The decorator. The function may use helpers of any file in ``kernels/``. What a factory puts
-        into its closure must be numbers, strings, tuples of them, modules, or compiled helpers whose
-        closure again holds only these: they are part of the key on the disk. A global must not depend on
-        anything but the sources and the processor.
+        The decorator. The function may use helpers of any file in ``kernels/``. What a factory
+        puts into its closure must be numbers, strings, tuples of them, modules, or compiled
+        helpers whose closure again holds only these: they are part of the key on the disk.
+        A global must not depend on anything but the sources and the processor.
     """
     return functools.partial(Kernel, job_dtype=job_dtype, fastmath=fastmath)
 
@@ -165,9 +165,10 @@ def _check_cannot_raise(result: Any) -> None:
 
 
 def _folders() -> list[Path]:
-    from numba import config
+    from numba.core import config
 
-    chosen = [Path(config.CACHE_DIR) / "sparsekit"] if config.CACHE_DIR else []
+    named = getattr(config, "CACHE_DIR", "")
+    chosen = [Path(named) / "sparsekit"] if named else []
     own = Path(__file__).resolve().parent / "__pycache__"
     user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     return [*chosen, own, *([user / "sparsekit" / "kernels"] if user.is_absolute() else [])]

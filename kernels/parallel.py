@@ -12,9 +12,10 @@ Parts write to disjoint memory and do not look at who computes them, so results 
 number of threads.
 
 The threads are those of the OpenMP runtime that torch has loaded: a kernel between two torch ops
-finds them awake, and no second pool competes for the cores. A call costs a few microseconds, about
-what a parallel torch op costs before it computes; bench/bench_parallel.py measures both. Where torch has no such runtime, and in a forked child, whose OpenMP threads
-are gone, a pool of Python threads calls the same kernels.
+finds them awake, and no second pool competes for the cores. A call costs a few microseconds, less
+than a torch op that uses its threads; bench/bench_parallel.py measures both. Where torch has no
+such runtime, and in a forked child, whose OpenMP threads are gone, a pool of Python threads calls
+the same kernels.
 """
 
 import ctypes
@@ -36,8 +37,7 @@ from sparsekit.kernels.compiled import Job
 _CALL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
-@intrinsic
-def take(typing_context: Any, job: Any) -> Any:
+def _take(_typing_context: Any, job: Any) -> Any:
     """Number of the next part of a job; every thread gets its own."""
 
     def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
@@ -45,6 +45,9 @@ def take(typing_context: Any, job: Any) -> Any:
         return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
 
     return types.int64(job), codegen
+
+
+take: Any = intrinsic(_take)
 
 
 def thread_count(work_items: int, least_per_thread: int) -> int:
@@ -90,8 +93,10 @@ def run(kernel_address: int, job: Job, threads: int) -> None:
 def _run_on_pool(call: Callable[[int], None], pointer: int, threads: int) -> None:
     helpers = []
     try:
+        pool = _python_threads()
+        # One by one, so that those that were submitted are known when the next is refused.
         for _ in range(threads - 1):
-            helpers.append(_python_threads().submit(call, pointer))
+            helpers.append(pool.submit(call, pointer))  # noqa: PERF401
     except RuntimeError:
         # No new threads, as at the end of the interpreter: those that there are take all parts.
         pass
