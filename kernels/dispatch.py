@@ -62,6 +62,15 @@ _CONV_REFERENCE = Implementation(
 )
 _TOPK_REFERENCE = Implementation("reference", lambda: topk_reference.topk_mask, follows_mask=False)
 
+
+def _load_conv_cpu() -> Callable[..., Any]:
+    from sparsekit.kernels.masked_conv3d import autograd
+
+    return autograd.masked_conv3d
+
+
+_CONV_CPU = Implementation("cpu", _load_conv_cpu, follows_mask=True)
+
 _NORM_POOL_RELU_REFERENCE = Implementation(
     "reference", lambda: norm_pool_relu_reference.norm_pool_relu, follows_mask=False
 )
@@ -78,6 +87,7 @@ _NORM_POOL_RELU_CPU = Implementation("cpu", _load_norm_pool_relu_cpu, follows_ma
 # (op, device type) -> implementations, best first. Devices that are not listed take ANY_DEVICE.
 ANY_DEVICE = "any"
 TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {
+    ("masked_conv3d", "cpu"): (_CONV_CPU, _CONV_REFERENCE),
     ("masked_conv3d", ANY_DEVICE): (_CONV_REFERENCE,),
     ("topk_mask", ANY_DEVICE): (_TOPK_REFERENCE,),
     ("norm_pool_relu", "cpu"): (_NORM_POOL_RELU_CPU, _NORM_POOL_RELU_REFERENCE),

@@ -344,9 +344,7 @@ def pool_windows(
                 total = builder.fadd(total, moved)
                 squares = _fma(builder, moved, moved, squares)
         builder.store(total, _pointer(builder, sums_)).align = 4
-        builder.store(
-            squares, _pointer(builder, builder.add(sums_, _I64(VECTOR_BYTES)))
-        ).align = 4
+        builder.store(squares, _pointer(builder, builder.add(sums_, _I64(VECTOR_BYTES)))).align = 4
         even, odd = list(range(0, 2 * LANES, 2)), list(range(1, 2 * LANES, 2))
         left, right = (_shuffle(builder, *tops, lanes) for lanes in (even, odd))
         left_at, right_at = (_shuffle(builder, *places, lanes) for lanes in (even, odd))
@@ -381,9 +379,7 @@ def _splat_int(builder: Any, scalar: Any) -> Any:
 
 def _masked_store(builder: Any, value: Any, address: Any, inside: Any, kind: str) -> None:
     pointer = _pointer(builder, address, value.type)
-    signature = ir.FunctionType(
-        ir.VoidType(), [value.type, pointer.type, _I32, inside.type]
-    )
+    signature = ir.FunctionType(ir.VoidType(), [value.type, pointer.type, _I32, inside.type])
     function = cgutils.get_or_insert_function(
         builder.module, signature, f"llvm.masked.store.{kind}.p0"
     )

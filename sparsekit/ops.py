@@ -118,7 +118,7 @@ def masked_conv3d(
     if voxel_mask is not None:
         voxel_mask = _check_voxel_mask(voxel_mask, batch, out_size)
 
-    run = _choose_conv(x, weight, backend)
+    run = _choose_conv(batch, weight, backend)
     y: Tensor = run(
         batch, weight, mask, bias,
         stride=steps, padding=pad, dilation=spread, groups=groups,
@@ -130,12 +130,30 @@ def masked_conv3d(
 def _choose_conv(x: Tensor, weight: Tensor, backend: str) -> Callable[..., Tensor]:
     device_type = x.device.type
     # Meta tensors only carry shapes, which every backend gives alike.
-    choice = dispatch.resolve("masked_conv3d", device_type, "auto" if x.is_meta else backend)
+    choice = dispatch.resolve(
+        "masked_conv3d",
+        device_type,
+        "auto" if x.is_meta else backend,
+        reference_only=_why_only_reference(x, weight) if device_type == "cpu" else "",
+    )
     if not (x.is_meta or torch.compiler.is_compiling()):
         detail = f"{tuple(weight.shape)} {str(x.dtype).removeprefix('torch.')}"
         dispatch.record(choice, device_type, detail)
     run: Callable[..., Tensor] = choice.implementation.load()
     return run
+
+
+def _why_only_reference(x: Tensor, weight: Tensor) -> str:
+    """Say why the CPU kernels of the convolution cannot take these tensors; empty if they can."""
+    if torch.is_autocast_enabled("cpu"):
+        return "torch.autocast is on, and the CPU kernels compute in float32 only"
+    if x.dtype != torch.float32 or weight.dtype != torch.float32:
+        return f"the CPU kernels are for float32, and x is {str(x.dtype).removeprefix('torch.')}"
+    if x.numel() == 0:
+        return "x is empty"
+    if not (torch.compiler.is_compiling() or dispatch.holds_values(x)):
+        return "the CPU kernels cannot see into traced tensors, torch.func or tensor subclasses"
+    return ""
 
 
 def _check_tensors(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> None:

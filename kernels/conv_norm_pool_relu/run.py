@@ -59,9 +59,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, *, eps: 
         channels=channels, depth=d, height=h, width=w, pitch=4 * layout_.pitch,
         plane=4 * target.plane, channel=4 * target.channel, sample=4 * target.sample,
     )  # fmt: skip
-    parallel.run(
-        kernel.address, job, parallel.thread_count(4 * planes.numel(), _BYTES_PER_THREAD)
-    )
+    parallel.run(kernel.address, job, parallel.thread_count(4 * planes.numel(), _BYTES_PER_THREAD))
     return Saved(padded, planes, pooled, winner, statistics)
 
 
