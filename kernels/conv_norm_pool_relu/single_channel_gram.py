@@ -14,9 +14,9 @@ from sparsekit.kernels.conv_norm_pool_relu.window_tiles import (
     DOUBLE_LANES,
     add_lag_products,
     double_zeros,
-    pointer_to_float32,
-    pointer_to_float64,
-    pointer_to_int64,
+    float32_at,
+    float64_at,
+    int64_at,
     stack_bytes,
     store_doubles,
 )
@@ -49,10 +49,10 @@ _FIELDS = {
 }
 JOB = np.dtype([("next", np.int64), *_FIELDS.items()], align=True)
 
-# What the last kernel says of a sample.
+# What the last kernel says of a sample, from good to bad.
 FINE = 0
-NOT_FINITE = 1
-CANCELLED = 2
+CANCELLED = 1
+NOT_FINITE = 2
 
 FACES = 4  # rows of sums behind those of the planes: first and last row, first and last column
 # Sums of a plane: 75 products by (planes apart, rows apart, columns apart), then 9 sums of voxels.
@@ -72,11 +72,11 @@ def pad(job):  # pragma: no cover - compiled
     """Copy x between zeros. One part is one plane of the padded buffer."""
     depth, height, width, pitch = job.depth, job.height, job.width, job.pitch
     parts = job.n * (depth + 2)
-    x = numba.carray(pointer_to_float32(job.x), job.n * depth * height * width)
+    x = float32_at(job.x)
     lead, slack = job.lead, job.slack
     plane = (height + 2) * pitch
-    padded = numba.carray(pointer_to_float32(job.padded), lead + parts * plane + slack)
-    sides = numba.carray(pointer_to_float32(job.sides), job.n * 2 * depth * height)
+    padded = float32_at(job.padded)
+    sides = float32_at(job.sides)
     zero = np.float32(0.0)
     part = take(job)
     while part < parts:
@@ -126,7 +126,7 @@ def _plane_lags(address, plane, row, height, width, planes, out, at):  # pragma:
     The padding holds zeros, so every sum runs over whole vectors of whole rows.
     """
     place = stack_bytes(_STACK)
-    stack = numba.carray(pointer_to_float64(place), 25 * _LANES)
+    stack = float64_at(place)
     tile = double_zeros(15)
     for h in range(height):
         start = address + h * row
@@ -185,7 +185,7 @@ def _face_lags(x, start, row, rows, columns, out, at):  # pragma: no cover - com
             for r in range(rows - i):
                 here = start + r * row
                 there = here + i * row + j
-                for c in range(max(0, -j), min(columns, columns - j)):
+                for c in range(-j if j < 0 else 0, columns - j if j > 0 else columns):
                     total += np.float64(x[here + c]) * np.float64(x[there + c])
             out[at + 5 * i + j + 2] = total
 
@@ -198,11 +198,10 @@ def sum_products(job):  # pragma: no cover - compiled
     parts = job.n * rows
     plane = (height + 2) * pitch
     sample_size = (depth + 2) * plane
-    size = job.lead + job.n * sample_size + job.slack
     lead, address, planes = job.lead, np.int64(job.padded), job.lag_planes
-    x = numba.carray(pointer_to_float32(job.padded), size)
-    sides = numba.carray(pointer_to_float32(job.sides), job.n * 2 * depth * height)
-    sums = numba.carray(pointer_to_float64(job.sums), parts * SUMS)
+    x = float32_at(job.padded)
+    sides = float32_at(job.sides)
+    sums = float64_at(job.sums)
     part = take(job)
     while part < parts:
         at = part * SUMS
@@ -313,18 +312,18 @@ def moments(job):  # pragma: no cover - compiled
     voxels = np.float64(depth * height * width)
     plane = (height + 2) * pitch
     sample_size = (depth + 2) * plane
-    x = numba.carray(pointer_to_float32(job.padded), job.lead + n * sample_size + job.slack)
-    sums = numba.carray(pointer_to_float64(job.sums), n * (depth + FACES) * SUMS)
-    first = numba.carray(pointer_to_int64(job.first), channels + 1)
-    taps = numba.carray(pointer_to_int64(job.taps), first[channels])
-    weights = numba.carray(pointer_to_float32(job.weights), first[channels])
+    x = float32_at(job.padded)
+    sums = float64_at(job.sums)
+    first = int64_at(job.first)
+    taps = int64_at(job.taps)
+    weights = float32_at(job.weights)
     has_bias = job.bias != 0
-    bias = numba.carray(pointer_to_float32(job.bias), channels)
-    gram = numba.carray(pointer_to_float64(job.gram), n * 27 * 27)
-    boxes = numba.carray(pointer_to_float64(job.boxes), n * 27)
-    found = numba.carray(pointer_to_float64(job.moments), n * channels * 2)
-    verdicts = numba.carray(pointer_to_int64(job.verdicts), n)
-    totals = numba.carray(pointer_to_float64(stack_bytes(_TOTALS)), SUMS)
+    bias = float32_at(job.bias)
+    gram = float64_at(job.gram)
+    boxes = float64_at(job.boxes)
+    found = float64_at(job.moments)
+    verdicts = int64_at(job.verdicts)
+    totals = float64_at(stack_bytes(_TOTALS))
     lead = job.lead
     sample = take(job)
     while sample < n:
@@ -364,7 +363,8 @@ def moments(job):  # pragma: no cover - compiled
                 reach += abs(weight)
             mean /= voxels
             square /= voxels
-            variance = max(square - mean * mean, 0.0)
+            variance = square - mean * mean
+            variance = variance if variance > 0.0 else 0.0
             reach *= largest
             if has_bias:
                 reach += abs(np.float64(bias[c]))

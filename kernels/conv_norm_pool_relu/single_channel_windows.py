@@ -13,9 +13,9 @@ from sparsekit.kernels.conv_norm_pool_relu.window_tiles import (
     add_to_memory,
     dot,
     gradient_at_winners,
-    pointer_to_float32,
-    pointer_to_float64,
-    pointer_to_int64,
+    float32_at,
+    float64_at,
+    int64_at,
     stack_bytes,
     store_window_maxima,
 )
@@ -65,18 +65,19 @@ def forward(job):  # pragma: no cover - compiled
     sample_bytes = (job.depth + 2) * plane
     origin = np.int64(job.padded) + (job.lead - 1) * 4
     y, winners, winner_pitch = np.int64(job.y), np.int64(job.winners), job.winner_pitch
-    first = numba.carray(pointer_to_int64(job.first), channels + 1)
-    offsets = numba.carray(pointer_to_int64(job.offsets), first[channels])
-    weights = numba.carray(pointer_to_float32(job.weights), first[channels])
-    moments = numba.carray(pointer_to_float64(job.moments), n * channels * 2)
-    results = numba.carray(pointer_to_float32(job.y), n * channels * depth * height * width)
+    first = int64_at(job.first)
+    offsets = int64_at(job.offsets)
+    weights = float32_at(job.weights)
+    moments = float64_at(job.moments)
+    results = float32_at(job.y)
     parts = n * depth
     part = take(job)
     while part < parts:
         sample, d = part // depth, part % depth
         slab = origin + sample * sample_bytes + 2 * d * plane
-        for band_start in range(0, height, band):
-            band_end = min(height, band_start + band)
+        for b in range((height + band - 1) // band):
+            band_start = b * band
+            band_end = band_start + band if band_start + band < height else height
             for c in range(channels):
                 out = ((sample * channels + c) * depth + d) * height
                 begin, end = first[c], first[c + 1]
@@ -124,23 +125,24 @@ def sum_gradients(job):  # pragma: no cover - compiled
     sample_bytes = (job.depth + 2) * plane
     origin = np.int64(job.padded) + (job.lead - 1) * 4
     y, winners, winner_pitch = np.int64(job.y), np.int64(job.winners), job.winner_pitch
-    first = numba.carray(pointer_to_int64(job.first), channels + 1)
-    offsets = numba.carray(pointer_to_int64(job.offsets), first[channels])
+    first = int64_at(job.first)
+    offsets = int64_at(job.offsets)
     parts = n * depth
     columns = channels + first[channels]
-    sums = numba.carray(pointer_to_float64(job.sums), parts * columns)
+    sums = float64_at(job.sums)
     vectors_at = stack_bytes(_SUM_BYTES)
-    vectors = numba.carray(pointer_to_float32(vectors_at), _SUM_VECTORS * LANES)
+    vectors = float32_at(vectors_at)
     lane_sums_at = stack_bytes(_LANE_SUM_BYTES)
-    lane_sums = numba.carray(pointer_to_float32(lane_sums_at), _SUM_VECTORS)
+    lane_sums = float32_at(lane_sums_at)
     part = take(job)
     while part < parts:
         sample, d = part // depth, part % depth
         slab = origin + sample * sample_bytes + 2 * d * plane
         for i in range(part * columns, (part + 1) * columns):
             sums[i] = 0.0
-        for band_start in range(0, height, band):
-            band_end = min(height, band_start + band)
+        for b in range((height + band - 1) // band):
+            band_start = b * band
+            band_end = band_start + band if band_start + band < height else height
             for c in range(channels):
                 begin, end = first[c], first[c + 1]
                 if begin == end:
@@ -184,17 +186,17 @@ def weight_gradients(job):  # pragma: no cover - compiled
     n, channels = job.n, job.channels
     depth = job.depth // 2
     voxels = np.float64(job.depth * job.height * job.width)
-    first = numba.carray(pointer_to_int64(job.first), channels + 1)
-    taps = numba.carray(pointer_to_int64(job.taps), first[channels])
-    weights = numba.carray(pointer_to_float32(job.weights), first[channels])
-    moments = numba.carray(pointer_to_float64(job.moments), n * channels * 2)
+    first = int64_at(job.first)
+    taps = int64_at(job.taps)
+    weights = float32_at(job.weights)
+    moments = float64_at(job.moments)
     columns = channels + first[channels]
-    sums = numba.carray(pointer_to_float64(job.sums), n * depth * columns)
-    gram = numba.carray(pointer_to_float64(job.gram), n * 27 * 27)
-    boxes = numba.carray(pointer_to_float64(job.boxes), n * 27)
-    grad_weight = numba.carray(pointer_to_float32(job.grad_weight), channels * 27)
-    gathered = numba.carray(pointer_to_float64(stack_bytes(_GATHERED)), 28)
-    result = numba.carray(pointer_to_float64(stack_bytes(_GATHERED)), 28)
+    sums = float64_at(job.sums)
+    gram = float64_at(job.gram)
+    boxes = float64_at(job.boxes)
+    grad_weight = float32_at(job.grad_weight)
+    gathered = float64_at(stack_bytes(_GATHERED))
+    result = float64_at(stack_bytes(_GATHERED))
     c = take(job)
     while c < channels:
         begin, count = first[c], first[c + 1] - first[c]

@@ -11,6 +11,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
+from numba.np import arrayobj
 
 from sparsekit.kernels import vector
 from sparsekit.kernels.vector import LANES, Tile
@@ -68,31 +69,37 @@ def _call(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
     return builder.call(function, arguments)
 
 
-@intrinsic
-def pointer_to_float32(typing_context: Any, address: Any) -> Any:
-    """Pointer for `numba.carray`."""
-    return _pointer_signature(types.float32)
+def _array_at(name: str, dtype: Any) -> Any:
+    def array_at(typing_context: Any, address: Any) -> Any:
+        result = types.Array(dtype, 1, "C")
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            del signature
+            array = arrayobj.make_array(result)(context, builder)
+            size = context.get_abi_sizeof(context.get_data_type(dtype))
+            arrayobj.populate_array(
+                array,
+                data=builder.inttoptr(args[0], array.data.type),
+                shape=[_I64(1 << 48)],
+                strides=[_I64(size)],
+                itemsize=_I64(size),
+                meminfo=None,
+            )
+            return array._getvalue()
+
+        return result(types.int64), generate
+
+    array_at.__name__ = name
+    array_at.__doc__ = (
+        f"View memory at an address as an array of {dtype}, far longer than it is.\n\n"
+        "`numba.carray` does the same, but LLVM does not always inline it; then it could raise."
+    )
+    return intrinsic(array_at)
 
 
-@intrinsic
-def pointer_to_float64(typing_context: Any, address: Any) -> Any:
-    """Pointer for `numba.carray`."""
-    return _pointer_signature(types.float64)
-
-
-@intrinsic
-def pointer_to_int64(typing_context: Any, address: Any) -> Any:
-    """Pointer for `numba.carray`."""
-    return _pointer_signature(types.int64)
-
-
-def _pointer_signature(kind: Any) -> Any:
-    result = types.CPointer(kind)
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-    return result(types.int64), generate
+float32_at = _array_at("float32_at", types.float32)
+float64_at = _array_at("float64_at", types.float64)
+int64_at = _array_at("int64_at", types.int64)
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
