@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from sparsekit.errors import ArgumentError, BackendError
+from sparsekit.kernels.conv_norm_pool_relu import reference as conv_norm_pool_relu_reference
 from sparsekit.kernels.masked_conv3d import reference as conv_reference
 from sparsekit.kernels.norm_pool_relu import reference as norm_pool_relu_reference
 from sparsekit.kernels.topk_mask import reference as topk_reference
@@ -69,7 +70,18 @@ def _load_conv_cpu() -> Callable[..., Any]:
     return autograd.masked_conv3d
 
 
+def _load_conv_norm_pool_relu_cpu() -> Callable[..., Any]:
+    from sparsekit.kernels.conv_norm_pool_relu import autograd
+
+    return autograd.conv_norm_pool_relu
+
+
 _CONV_CPU = Implementation("cpu", _load_conv_cpu, follows_mask=True)
+
+_CONV_NORM_POOL_RELU_CPU = Implementation("cpu", _load_conv_norm_pool_relu_cpu, follows_mask=True)
+_CONV_NORM_POOL_RELU_REFERENCE = Implementation(
+    "reference", lambda: conv_norm_pool_relu_reference.conv_norm_pool_relu, follows_mask=False
+)
 
 _NORM_POOL_RELU_REFERENCE = Implementation(
     "reference", lambda: norm_pool_relu_reference.norm_pool_relu, follows_mask=False
@@ -89,6 +101,8 @@ ANY_DEVICE = "any"
 TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {
     ("masked_conv3d", "cpu"): (_CONV_CPU, _CONV_REFERENCE),
     ("masked_conv3d", ANY_DEVICE): (_CONV_REFERENCE,),
+    ("conv_norm_pool_relu", "cpu"): (_CONV_NORM_POOL_RELU_CPU, _CONV_NORM_POOL_RELU_REFERENCE),
+    ("conv_norm_pool_relu", ANY_DEVICE): (_CONV_NORM_POOL_RELU_REFERENCE,),
     ("topk_mask", ANY_DEVICE): (_TOPK_REFERENCE,),
     ("norm_pool_relu", "cpu"): (_NORM_POOL_RELU_CPU, _NORM_POOL_RELU_REFERENCE),
     ("norm_pool_relu", ANY_DEVICE): (_NORM_POOL_RELU_REFERENCE,),

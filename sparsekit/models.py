@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparsekit.errors import ArgumentError
+from sparsekit.nn import can_fuse, fused_block
 from sparsekit.ops import norm_pool_relu
 from sparsekit.types import Size3
 
@@ -154,6 +155,8 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Halve the map, (n, c_in, d, h, w) to (n, c_out, d // 2, h // 2, w // 2)."""
+        if can_fuse(self.conv, x):
+            return fused_block(self.conv, x)
         return norm_pool_relu(self.conv(x))
 
     def extra_repr(self) -> str:

@@ -172,7 +172,9 @@ def sum_gradients(job):  # pragma: no cover - compiled
                             )
                 for i in range(groups):
                     add_lane_sums(
-                        vectors_at + i * LANES * VECTOR_BYTES, lane_sums_at + i * VECTOR_BYTES, LANES
+                        vectors_at + i * LANES * VECTOR_BYTES,
+                        lane_sums_at + i * VECTOR_BYTES,
+                        LANES,
                     )
                 at = part * columns + c + begin
                 for i in range(end - begin + 1):
