@@ -387,7 +387,7 @@ def _masked_store(builder: Any, value: Any, address: Any, inside: Any, kind: str
 
 
 @intrinsic(prefer_literal=True)
-def stream_bytes(typing_context: Any, target: Any, source: Any) -> Any:
+def stream_vector(typing_context: Any, target: Any, source: Any) -> Any:
     """Copy one vector past the caches; ``target`` is a multiple of `VECTOR_BYTES`."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -398,3 +398,29 @@ def stream_bytes(typing_context: Any, target: Any, source: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate
+
+
+@intrinsic(prefer_literal=True)
+def copy_vector(typing_context: Any, target: Any, source: Any) -> Any:
+    """Copy one vector of float32 numbers."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        del signature
+        builder.store(_load(builder, args[1]), _pointer(builder, args[0])).align = 4
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic(prefer_literal=True)
+def copy_first(typing_context: Any, target: Any, source: Any, count: Any) -> Any:
+    """Copy the first ``count`` numbers of a vector, of which the whole can be read."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        del signature
+        lanes = ir.Constant(ir.VectorType(_I32, LANES), list(range(LANES)))
+        inside = builder.icmp_signed("<", lanes, _splat_int(builder, builder.trunc(args[2], _I32)))
+        _masked_store(builder, _load(builder, args[1]), args[0], inside, f"v{LANES}f32")
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate

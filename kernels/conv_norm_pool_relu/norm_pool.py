@@ -23,7 +23,7 @@ from sparsekit.kernels.memory import (
     store_float,
 )
 from sparsekit.kernels.parallel import take
-from sparsekit.kernels.vector import LANES, VECTOR_BYTES, pool_windows, stream_bytes
+from sparsekit.kernels.vector import LANES, VECTOR_BYTES, pool_windows, stream_vector
 
 # Only in sums may the compiler reorder, to use vector registers. None of these flags assumes
 # finite numbers, so NaN and infinity go through as in torch.
@@ -179,7 +179,7 @@ def _move(target, source, count, stream):  # pragma: no cover - compiled
         return
     end = target + count
     while target < end:
-        stream_bytes(target, source)
+        stream_vector(target, source)
         target += VECTOR_BYTES
         source += VECTOR_BYTES
 

@@ -17,7 +17,6 @@ from sparsekit.kernels.compiled import Kernel, kernel
 from sparsekit.kernels.masked_conv3d.record import record
 from sparsekit.kernels.memory import (
     clear_bytes,
-    copy_bytes,
     load_byte,
     load_float,
     load_int,
@@ -29,11 +28,14 @@ from sparsekit.kernels.vector import (
     add_lane_sums,
     add_product,
     add_product_and_dot,
+    copy_first,
+    copy_vector,
     filled,
     load_tile,
     prefetch,
     store_tile,
     stream_tile,
+    stream_vector,
 )
 
 WAITING = 128
@@ -60,20 +62,59 @@ BACKWARD = record(
 
 @numba.njit
 def _copy_rows(target, source, first, count, pitch, height, width):  # pragma: no cover - compiled
-    """Copy what of a plane's flat numbers first..first+count are voxels to rows without gaps."""
+    """Copy what of a plane's flat numbers first..first+count are voxels to rows without gaps.
+
+    Whole vectors are read from ``source``, also at its end. Returns how many numbers were copied;
+    they stand one after another, from voxel ``_voxels_before(first, ...)`` of the plane on.
+    """
     row = first // pitch
     begin = row * pitch
+    copied = 0
     while begin < first + count and row < height:
         low = max(begin, first)
-        high = min(begin + width, first + count)
-        if high > low:
-            copy_bytes(
-                target + 4 * (row * width + low - begin),
-                source + 4 * (low - first),
-                4 * (high - low),
-            )
+        left = min(begin + width, first + count) - low
+        place = source + 4 * (low - first)
+        while left >= LANES:
+            copy_vector(target, place)
+            target += VECTOR_BYTES
+            place += VECTOR_BYTES
+            left -= LANES
+            copied += LANES
+        if left > 0:
+            copy_first(target, place, left)
+            target += 4 * left
+            copied += left
         row += 1
         begin += pitch
+    return copied
+
+
+@numba.njit
+def _voxels_before(first, pitch, height, width):  # pragma: no cover - compiled
+    """How many voxels of a plane have a flat number below ``first``."""
+    row = min(first // pitch, height)
+    return row * width + min(first - row * pitch, width) if row < height else height * width
+
+
+@numba.njit
+def _stream_rows(
+    target, source, first, count, pitch, height, width, line
+):  # pragma: no cover - compiled
+    """Do as `_copy_rows`, past the caches; ``line`` is scratch memory, aligned to vectors."""
+    shift = target % VECTOR_BYTES
+    copied = 4 * _copy_rows(line + shift, source, first, count, pitch, height, width)
+    place = line + shift
+    head = min(copied, (VECTOR_BYTES - shift) % VECTOR_BYTES)
+    copy_first(target, place, head // 4)
+    target += head
+    place += head
+    copied -= head
+    while copied >= VECTOR_BYTES:
+        stream_vector(target, place)
+        target += VECTOR_BYTES
+        place += VECTOR_BYTES
+        copied -= VECTOR_BYTES
+    copy_first(target, place, copied // 4)
 
 
 @numba.njit
@@ -94,7 +135,7 @@ def _clear_rows(target, first, count, pitch, height, width):  # pragma: no cover
 def forward(a: int, b: int) -> Kernel:
     """Kernel of the forward pass for tiles of ``a`` planes by ``b`` vectors."""
     count = a * b
-    lines = b + 4
+    lines = b + 7
     tile_bytes = count * VECTOR_BYTES
     row_bytes = b * VECTOR_BYTES
 
@@ -111,8 +152,9 @@ def forward(a: int, b: int) -> Kernel:
         part = take(job)
         while part < job.parts:
             scratch = job.scratch + part * job.scratch_part
-            # The last tile of the scratch memory holds results on their way to rows.
-            rows = scratch + job.scratch_part - tile_bytes
+            # The end of the scratch memory holds results on their way to rows.
+            rows = scratch + job.scratch_part - 2 * tile_bytes - 4 * VECTOR_BYTES
+            line = rows + tile_bytes + 2 * VECTOR_BYTES
             chunk = part % tile_parts
             slab = part // tile_parts % channel_parts
             sample = part // (tile_parts * channel_parts)
@@ -124,6 +166,7 @@ def forward(a: int, b: int) -> Kernel:
                 source = job.x + sample * job.x_sample + plane * x_plane + tile * row_bytes
                 target = job.y + sample * job.y_sample + plane * y_plane
                 first = tile * b * LANES
+                before = 4 * _voxels_before(first, pitch, out_height, out_width)
                 if active != 0 and load_byte(active + sample * sequence + s) == 0:
                     for o in range(o_begin, o_end):
                         for i in range(min(a, out_depth - plane)):
@@ -166,10 +209,17 @@ def forward(a: int, b: int) -> Kernel:
                         else:
                             store_tile(total, rows, row_bytes, a, b)
                             for i in range(min(a, out_depth - plane)):
-                                _copy_rows(
-                                    target + o * y_channel + i * y_plane, rows + i * row_bytes,
-                                    first, b * LANES, pitch, out_height, out_width,
-                                )  # fmt: skip
+                                place = target + o * y_channel + i * y_plane + before
+                                if stream != 0:
+                                    _stream_rows(
+                                        place, rows + i * row_bytes, first, b * LANES,
+                                        pitch, out_height, out_width, line,
+                                    )  # fmt: skip
+                                else:
+                                    _copy_rows(
+                                        place, rows + i * row_bytes, first, b * LANES,
+                                        pitch, out_height, out_width,
+                                    )  # fmt: skip
             part = take(job)
 
     return masked_conv3d_forward
@@ -183,7 +233,8 @@ def backward(a: int, b: int) -> Kernel:
     row ``r`` stand ``SUMS_AT_ONCE * r`` numbers further on than the list's entries.
     """
     count = a * b
-    lines = b + 4
+    lines = b + 7
+    own_lines = b + 1
     tile_bytes = count * VECTOR_BYTES
     row_bytes = b * VECTOR_BYTES
 
@@ -201,7 +252,7 @@ def backward(a: int, b: int) -> Kernel:
         while part < job.parts:
             scratch = job.scratch + part * job.scratch_part
             products = scratch + job.scratch_part - WAITING * VECTOR_BYTES
-            leaving = products - tile_bytes
+            leaving = products - tile_bytes - VECTOR_BYTES
             chunk = part % tile_parts
             slab = part // tile_parts
             sums = job.sums + chunk * job.sums_part
@@ -219,6 +270,7 @@ def backward(a: int, b: int) -> Kernel:
                 x = job.x + sample * job.x_sample + plane * x_plane + tile * row_bytes
                 dx = job.dx + sample * job.dx_sample + plane * dx_plane
                 first = tile * b * LANES
+                before = 4 * _voxels_before(first, pitch, height, width)
                 used = active == 0 or load_byte(active + n) != 0
                 for block in range(blocks):
                     for r in range(r_begin, r_end):
@@ -226,7 +278,11 @@ def backward(a: int, b: int) -> Kernel:
                             if ahead != 0:
                                 for c in range(c_out * r // rows, c_out * (r + 1) // rows):
                                     prefetch(g + c * g_channel + ahead, lines, 0)
-                                prefetch(x + r * x_channel + x_plane, b, 0)
+                                prefetch(x + r * x_channel + a * x_plane, own_lines, 0)
+                                if dense != 0:
+                                    prefetch(
+                                        dx + r * dx_channel + a * dx_plane + before, own_lines, 1
+                                    )
                             total = filled(count, np.float32(0.0))
                         else:
                             total = load_tile(scratch + (r - r_begin) * tile_bytes, row_bytes, a, b)
@@ -266,7 +322,7 @@ def backward(a: int, b: int) -> Kernel:
                                 store_tile(total, leaving, row_bytes, a, b)
                                 for i in range(min(a, depth - plane)):
                                     _copy_rows(
-                                        dx + r * dx_channel + i * dx_plane,
+                                        dx + r * dx_channel + i * dx_plane + before,
                                         leaving + i * row_bytes,
                                         first, b * LANES, pitch, height, width,
                                     )  # fmt: skip

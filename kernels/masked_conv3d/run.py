@@ -17,7 +17,7 @@ from sparsekit.types import Size3
 
 # A block of channels should stay in the first cache if each of its lists is long enough to pay for
 # reading and writing the tile's sums once more, else in the second.
-_FIRST_CACHE_BYTES = 40 << 10
+_FIRST_CACHE_BYTES = 32 << 10
 _SECOND_CACHE_BYTES = 384 << 10
 _LEAST_ENTRIES = 7.0
 # Work below which a second thread costs more than it brings, in multiply-adds.
@@ -25,6 +25,7 @@ _WORK_PER_THREAD = 1 << 18
 _BYTES_PER_THREAD = 1 << 18
 # Results larger than this do not stay in a cache until they are read.
 _STREAM_BYTES = 16 << 20
+_PREFETCH_BYTES = 1 << 20
 
 
 def shape_of(
@@ -187,7 +188,7 @@ def forward(
     tile_bytes = tiling.rows * tiling.columns * VECTOR_BYTES
     slab = -(-shape.c_out // channel_parts) if entries.blocks > 1 else 0
     parts = tile_parts * channel_parts * samples
-    scratch_part = (slab + 1) * tile_bytes
+    scratch_part = (slab + 2) * tile_bytes + 4 * VECTOR_BYTES
     scratch = buffers.empty((parts * scratch_part // 4,))
     kernel = cpu.forward(tiling.rows, tiling.columns)
     job = kernel.job(
@@ -198,18 +199,23 @@ def forward(
         c_in=source.channels, c_out=shape.c_out, channel_parts=channel_parts,
         tile_parts=tile_parts, steps=tiling.planes // tiling.rows, sequence=sequence,
         x_sample=4 * source.sample, x_channel=4 * source.channel, x_plane=4 * source.plane,
-        ahead=_ahead(source, tiling.rows, max(layout_.source_taps)),
+        ahead=_ahead(source, tiling.rows, max(layout_.source_taps), samples),
         y_sample=4 * y_sample, y_channel=4 * y_channel, y_plane=4 * y_plane,
         scratch_part=scratch_part, out_depth=out_d, out_height=out_h, out_width=out_w,
         pitch=layout_.pitch, dense=int(dense),
-        stream=int(not dense and 4 * y.numel() > _STREAM_BYTES),
+        stream=int(4 * y.numel() > _STREAM_BYTES),
     )  # fmt: skip
     parallel.run(kernel.address, job, threads)
     return y
 
 
-def _ahead(grid: Grid, rows: int, furthest: int) -> int:
-    """Distance in bytes to the plane that the next step along the depth is the first to read."""
+def _ahead(grid: Grid, rows: int, furthest: int, samples: int) -> int:
+    """Bytes to the plane that the next step along the depth is the first to read.
+
+    0 for a buffer that a cache can hold: to ask for its lines costs more than to wait for them.
+    """
+    if 4 * samples * grid.sample < _PREFETCH_BYTES:
+        return 0
     return 4 * (furthest // grid.plane + rows) * grid.plane
 
 
@@ -279,7 +285,7 @@ def backward(
     values = _gather(weight, entries.index, threads)
     tile_bytes = tiling.rows * tiling.columns * VECTOR_BYTES
     slab = int(np.diff(edges).max()) if entries.blocks > 1 else 0
-    scratch_part = (slab + 1) * tile_bytes + cpu.WAITING * VECTOR_BYTES
+    scratch_part = (slab + 1) * tile_bytes + (1 + cpu.WAITING) * VECTOR_BYTES
     parts = tile_parts * row_parts
     scratch = buffers.empty((parts * scratch_part // 4,))
     lists = entries.blocks * entries.rows
@@ -295,7 +301,7 @@ def backward(
         steps=tiling.planes // tiling.rows, sequence=sequence,
         g_sample=4 * layout_.gradient.sample, g_channel=4 * layout_.gradient.channel,
         g_plane=4 * layout_.gradient.plane,
-        ahead=_ahead(layout_.gradient, tiling.rows, max(layout_.gradient_taps)),
+        ahead=_ahead(layout_.gradient, tiling.rows, max(layout_.gradient_taps), samples),
         x_sample=4 * source.sample, x_channel=4 * source.channel, x_plane=4 * source.plane,
         dx_sample=4 * dx_sample, dx_channel=4 * dx_channel, dx_plane=4 * dx_plane,
         sums_part=4 * sums_part, scratch_part=scratch_part, depth=d, height=h, width=w,
