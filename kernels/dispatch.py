@@ -19,6 +19,7 @@ from sparsekit.kernels.conv_norm_pool_relu import reference as conv_norm_pool_re
 from sparsekit.kernels.masked_conv3d import reference as conv_reference
 from sparsekit.kernels.norm_pool_relu import reference as norm_pool_relu_reference
 from sparsekit.kernels.topk_mask import reference as topk_reference
+from sparsekit.kernels.zero_pruned import reference as zero_pruned_reference
 
 BACKENDS = ("reference", "cpu", "triton")
 """Every backend that can be named; not each op has each of them."""
@@ -96,6 +97,18 @@ def _load_norm_pool_relu_cpu() -> Callable[..., Any]:
 
 _NORM_POOL_RELU_CPU = Implementation("cpu", _load_norm_pool_relu_cpu, follows_mask=False)
 
+
+def _load_zero_pruned_cpu() -> Callable[..., Any]:
+    from sparsekit.kernels.zero_pruned import cpu
+
+    return cpu.zero_pruned
+
+
+_ZERO_PRUNED_CPU = Implementation("cpu", _load_zero_pruned_cpu, follows_mask=False)
+_ZERO_PRUNED_REFERENCE = Implementation(
+    "reference", lambda: zero_pruned_reference.zero_pruned, follows_mask=False
+)
+
 # (op, device type) -> implementations, best first. Devices that are not listed take ANY_DEVICE.
 ANY_DEVICE = "any"
 TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {
@@ -104,6 +117,8 @@ TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {
     ("conv_norm_pool_relu", "cpu"): (_CONV_NORM_POOL_RELU_CPU, _CONV_NORM_POOL_RELU_REFERENCE),
     ("conv_norm_pool_relu", ANY_DEVICE): (_CONV_NORM_POOL_RELU_REFERENCE,),
     ("topk_mask", ANY_DEVICE): (_TOPK_REFERENCE,),
+    ("zero_pruned", "cpu"): (_ZERO_PRUNED_CPU, _ZERO_PRUNED_REFERENCE),
+    ("zero_pruned", ANY_DEVICE): (_ZERO_PRUNED_REFERENCE,),
     ("norm_pool_relu", "cpu"): (_NORM_POOL_RELU_CPU, _NORM_POOL_RELU_REFERENCE),
     ("norm_pool_relu", ANY_DEVICE): (_NORM_POOL_RELU_REFERENCE,),
 }

@@ -1,7 +1,7 @@
 """Lists of unpruned weights in the orders in which the CPU kernels walk them."""
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from sparsekit.kernels.memory import load_byte, load_int, store_int
 Ints = npt.NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class WeightList:
     """Unpruned weights, sorted by block and row."""
 
@@ -30,6 +30,18 @@ class WeightList:
     """From a tile's place in the buffer that is read to what the weight is multiplied with."""
     index: Ints
     """Flat position of the weight in its tensor."""
+
+    _edges: dict[int, Ints] = field(default_factory=dict)
+
+    def edges(self, parts: int) -> Ints:
+        """Edges of ranges of rows with about equally many entries over all blocks, (parts + 1,)."""
+        if parts not in self._edges:
+            per_row = np.diff(self.starts).reshape(self.blocks, self.rows).sum(axis=0) + 1
+            ends = np.cumsum(per_row)
+            inner = np.searchsorted(ends, ends[-1] * np.arange(1, parts) / parts)
+            edges = np.concatenate([[0], np.maximum.accumulate(inner), [self.rows]])
+            self._edges[parts] = edges.astype(np.int32)
+        return self._edges[parts]
 
     @property
     def entries(self) -> int:

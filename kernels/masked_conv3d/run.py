@@ -281,7 +281,7 @@ def backward(
         tile_parts, row_parts = threads, 1
     else:
         tile_parts, row_parts = 1, min(2 * threads if threads > 1 else 1, entries.rows)
-    edges = _balanced(entries.starts, entries.blocks, entries.rows, row_parts)
+    edges = entries.edges(row_parts)
     values = _gather(weight, entries.index, threads)
     tile_bytes = tiling.rows * tiling.columns * VECTOR_BYTES
     slab = int(np.diff(edges).max()) if entries.blocks > 1 else 0
@@ -312,14 +312,6 @@ def backward(
         _move_classes(dx, planes, layout_, to_padded=False)
     _scatter(grad, plan, sums, sums_part, tile_parts, threads)
     return Gradients(dx, grad)
-
-
-def _balanced(starts: np.ndarray, blocks: int, rows: int, parts: int) -> np.ndarray:
-    """Edges of ranges of rows with about equally many entries over all blocks, (parts + 1,)."""
-    per_row = np.diff(starts).reshape(blocks, rows).sum(axis=0) + 1
-    ends = np.cumsum(per_row)
-    inner = np.searchsorted(ends, ends[-1] * np.arange(1, parts) / parts)
-    return np.concatenate([[0], np.maximum.accumulate(inner), [rows]]).astype(np.int32)
 
 
 def _scatter(
