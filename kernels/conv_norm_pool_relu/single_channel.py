@@ -17,8 +17,8 @@ from sparsekit.kernels.conv_norm_pool_relu import single_channel_windows as wind
 from sparsekit.kernels.vector import LANES
 from sparsekit.types import Size3
 
-# Input of a band of output rows, 4 planes of it, in half of a first-level cache.
-_BAND_BYTES = 32768
+# Input of a band of output rows, 4 planes of it: well inside a second-level cache.
+_BAND_BYTES = 98304
 
 
 class Plan:

@@ -67,45 +67,45 @@ _TOTALS = 8 * SUMS
 _SUMS_MAY_BE_REORDERED = {"contract", "reassoc", "nsz"}
 
 
+@numba.njit
+def _clear(address, count):  # pragma: no cover - compiled
+    floats = float32_at(address)
+    for i in range(count):
+        floats[i] = np.float32(0.0)
+
+
 @kernel(JOB)
 def pad(job):  # pragma: no cover - compiled
     """Copy x between zeros. One part is one plane of the padded buffer."""
     depth, height, width, pitch = job.depth, job.height, job.width, job.pitch
     parts = job.n * (depth + 2)
-    x = float32_at(job.x)
-    lead, slack = job.lead, job.slack
     plane = (height + 2) * pitch
-    padded = float32_at(job.padded)
-    sides = float32_at(job.sides)
-    zero = np.float32(0.0)
+    lead, slack = job.lead, job.slack
+    x, padded, sides = np.int64(job.x), np.int64(job.padded), float32_at(job.sides)
     part = take(job)
     while part < parts:
-        start = lead + part * plane
+        target = padded + 4 * (lead + part * plane)
         if part == 0:
-            for i in range(lead):
-                padded[i] = zero
+            _clear(padded, lead)
         if part == parts - 1:
-            for i in range(start + plane, start + plane + slack):
-                padded[i] = zero
+            _clear(target + 4 * plane, slack)
         sample = part // (depth + 2)
         d = part % (depth + 2) - 1
         if d < 0 or d == depth:
-            for i in range(start, start + plane):
-                padded[i] = zero
+            _clear(target, plane)
         else:
-            for i in range(start, start + pitch):
-                padded[i] = zero
+            _clear(target, pitch)
+            _clear(target + 4 * (height + 1) * pitch, pitch)
             for h in range(height):
-                source = ((sample * depth + d) * height + h) * width
-                target = start + (h + 1) * pitch
+                # Views of single rows: LLVM then sees that no index is negative.
+                source = float32_at(x + 4 * ((sample * depth + d) * height + h) * width)
+                row = float32_at(target + 4 * (h + 1) * pitch)
                 for w in range(width):
-                    padded[target + w] = x[source + w]
+                    row[w] = source[w]
                 for w in range(width, pitch):
-                    padded[target + w] = zero
-                sides[((sample * 2) * depth + d) * height + h] = x[source]
-                sides[((sample * 2 + 1) * depth + d) * height + h] = x[source + width - 1]
-            for i in range(start + plane - pitch, start + plane):
-                padded[i] = zero
+                    row[w] = np.float32(0.0)
+                sides[(sample * 2 * depth + d) * height + h] = source[0]
+                sides[((sample * 2 + 1) * depth + d) * height + h] = source[width - 1]
         part = take(job)
 
 
@@ -150,43 +150,47 @@ def _plane_lags(address, plane, row, height, width, planes, out, at):  # pragma:
 
 
 @numba.njit
-def _voxel_sums(x, start, pitch, height, width, out, at):  # pragma: no cover - compiled
-    """Sums over the plane, its first and last row, first and last column, and its 4 corners."""
+def _line_sum(address, count):  # pragma: no cover - compiled
+    line = float32_at(address)
     total = 0.0
-    for h in range(height):
-        for w in range(width):
-            total += np.float64(x[start + h * pitch + w])
-    out[at] = total
-    last = start + (height - 1) * pitch
-    first_row, last_row = 0.0, 0.0
-    for w in range(width):
-        first_row += np.float64(x[start + w])
-        last_row += np.float64(x[last + w])
-    out[at + 1] = first_row
-    out[at + 2] = last_row
-    first_column, last_column = 0.0, 0.0
-    for h in range(height):
-        first_column += np.float64(x[start + h * pitch])
-        last_column += np.float64(x[start + h * pitch + width - 1])
-    out[at + 3] = first_column
-    out[at + 6] = last_column
-    out[at + 4] = np.float64(x[start])
-    out[at + 5] = np.float64(x[last])
-    out[at + 7] = np.float64(x[start + width - 1])
-    out[at + 8] = np.float64(x[last + width - 1])
+    for i in range(count):
+        total += np.float64(line[i])
+    return total
 
 
 @numba.njit
-def _face_lags(x, start, row, rows, columns, out, at):  # pragma: no cover - compiled
+def _voxel_sums(address, row, height, width, out, at):  # pragma: no cover - compiled
+    """Sums over the plane, its first and last row, first and last column, and its 4 corners."""
+    total, first_column, last_column = 0.0, 0.0, 0.0
+    for h in range(height):
+        line = float32_at(address + h * row)
+        total += _line_sum(address + h * row, width)
+        first_column += np.float64(line[0])
+        last_column += np.float64(line[width - 1])
+    first, last = float32_at(address), float32_at(address + (height - 1) * row)
+    out[at] = total
+    out[at + 1] = _line_sum(address, width)
+    out[at + 2] = _line_sum(address + (height - 1) * row, width)
+    out[at + 3] = first_column
+    out[at + 6] = last_column
+    out[at + 4] = np.float64(first[0])
+    out[at + 5] = np.float64(last[0])
+    out[at + 7] = np.float64(first[width - 1])
+    out[at + 8] = np.float64(last[width - 1])
+
+
+@numba.njit
+def _face_lags(address, row, rows, columns, out, at):  # pragma: no cover - compiled
     """Products of a face with itself, by rows (0 to 2) and columns (-2 to 2) apart."""
     for i in range(3):
         for j in range(-2, 3):
             total = 0.0
             for r in range(rows - i):
-                here = start + r * row
-                there = here + i * row + j
-                for c in range(-j if j < 0 else 0, columns - j if j > 0 else columns):
-                    total += np.float64(x[here + c]) * np.float64(x[there + c])
+                start = address + r * row
+                here = float32_at(start - 4 * j if j < 0 else start)
+                there = float32_at(start + i * row + (4 * j if j > 0 else 0))
+                for c in range(columns - abs(j)):
+                    total += np.float64(here[c]) * np.float64(there[c])
             out[at + 5 * i + j + 2] = total
 
 
@@ -196,31 +200,27 @@ def sum_products(job):  # pragma: no cover - compiled
     depth, height, width, pitch = job.depth, job.height, job.width, job.pitch
     rows = depth + FACES
     parts = job.n * rows
-    plane = (height + 2) * pitch
-    sample_size = (depth + 2) * plane
-    lead, address, planes = job.lead, np.int64(job.padded), job.lag_planes
-    x = float32_at(job.padded)
-    sides = float32_at(job.sides)
-    sums = float64_at(job.sums)
+    row, plane = 4 * pitch, 4 * (height + 2) * pitch
+    origin = np.int64(job.padded) + 4 * job.lead + plane + row
+    planes, sides, sums = job.lag_planes, np.int64(job.sides), float64_at(job.sums)
     part = take(job)
     while part < parts:
-        at = part * SUMS
         sample = part // rows
         # The faces come first: they are small and would keep one thread waiting at the end.
         d = (part % rows + depth) % rows
         at = (sample * rows + d) * SUMS
-        start = lead + sample * sample_size + plane + pitch
+        start = origin + sample * (depth + 2) * plane
         if d < depth:
             start += d * plane
             present = planes if d + 2 < depth else planes & (3 if d + 1 < depth else 1)
-            _plane_lags(address + 4 * start, 4 * plane, 4 * pitch, height, width, present, sums, at)
-            _voxel_sums(x, start, pitch, height, width, sums, at + _LAGS)
+            _plane_lags(start, plane, row, height, width, present, sums, at)
+            _voxel_sums(start, row, height, width, sums, at + _LAGS)
         elif d < depth + 2:
-            start += (d - depth) * (height - 1) * pitch
-            _face_lags(x, start, plane, depth, width, sums, at)
+            start += (d - depth) * (height - 1) * row
+            _face_lags(start, plane, depth, width, sums, at)
         else:
-            side = (sample * 2 + d - depth - 2) * depth * height
-            _face_lags(sides, side, height, depth, height, sums, at)
+            side = sides + 4 * (sample * 2 + d - depth - 2) * depth * height
+            _face_lags(side, 4 * height, depth, height, sums, at)
         part = take(job)
 
 

@@ -20,7 +20,7 @@ from sparsekit.kernels.conv_norm_pool_relu.window_tiles import (
     store_window_maxima,
 )
 from sparsekit.kernels.parallel import take
-from sparsekit.kernels.vector import LANES, VECTOR_BYTES, add_lane_sums, add_product, filled
+from sparsekit.kernels.vector import LANES, VECTOR_BYTES, add_lane_sums, add_product, filled, prefetch
 
 _FIELDS = {
     "n": np.int64,
@@ -69,7 +69,6 @@ def forward(job):  # pragma: no cover - compiled
     offsets = int64_at(job.offsets)
     weights = float32_at(job.weights)
     moments = float64_at(job.moments)
-    results = float32_at(job.y)
     parts = n * depth
     part = take(job)
     while part < parts:
@@ -83,18 +82,23 @@ def forward(job):  # pragma: no cover - compiled
                 begin, end = first[c], first[c + 1]
                 if begin == end:
                     # A constant: the norm makes it 0, and the backward pass leaves it out.
-                    for i in range((out + band_start) * width, (out + band_end) * width):
-                        results[i] = np.float32(0.0)
+                    rows = float32_at(y + (out + band_start) * width * 4)
+                    for i in range((band_end - band_start) * width):
+                        rows[i] = np.float32(0.0)
                     continue
                 mean64 = moments[(sample * channels + c) * 2]
                 mean = np.float32(mean64)
                 mean_rest = np.float32(mean64 - np.float64(mean))
                 rstd = np.float32(moments[(sample * channels + c) * 2 + 1])
+                following = depth * height if c + 1 < channels else 0
                 for h in range(band_start, band_end):
                     source = slab + 2 * h * row
                     target = y + (out + h) * width * 4
                     winner = winners + (out + h) * winner_pitch if winners != 0 else 0
                     for w in range(0, width, LANES):
+                        prefetch(target + (following * width + w) * 4, 1, 1)
+                        if winner != 0:
+                            prefetch(winner + following * winner_pitch + w, 1, 1)
                         upper = filled(4, np.float32(0.0))
                         lower = filled(4, np.float32(0.0))
                         for k in range(begin, end):
@@ -153,10 +157,14 @@ def sum_gradients(job):  # pragma: no cover - compiled
                 for i in range(groups * LANES):
                     lane_sums[i] = np.float32(0.0)
                 out = ((sample * channels + c) * depth + d) * height
+                following = depth * height if c + 1 < channels else 0
                 nothing = filled(1, np.float32(0.0))
                 for h in range(band_start, band_end):
                     source = slab + 2 * h * row
                     for w in range(0, width, LANES):
+                        ahead = out + following + h
+                        prefetch(y + (ahead * width + w) * 4, 1, 0)
+                        prefetch(winners + ahead * winner_pitch + w, 1, 0)
                         upper, lower, total = gradient_at_winners(
                             y + ((out + h) * width + w) * 4,
                             winners + (out + h) * winner_pitch + w,
