@@ -20,7 +20,14 @@ from sparsekit.kernels.conv_norm_pool_relu.window_tiles import (
     store_window_maxima,
 )
 from sparsekit.kernels.parallel import take
-from sparsekit.kernels.vector import LANES, VECTOR_BYTES, add_lane_sums, add_product, filled, prefetch
+from sparsekit.kernels.vector import (
+    LANES,
+    VECTOR_BYTES,
+    add_lane_sums,
+    add_product,
+    filled,
+    prefetch,
+)
 
 _FIELDS = {
     "n": np.int64,
