@@ -169,9 +169,7 @@ def forward(
     if not save:
         return y, None
     grid = depth, height, width
-    return y, Saved(
-        plan, grid, n, offsets, weights, padded, winners, gram, boxes, moments
-    )
+    return y, Saved(plan, grid, n, offsets, weights, padded, winners, gram, boxes, moments)
 
 
 def backward(
@@ -201,9 +199,7 @@ def backward(
     depth, height, width = saved.grid
     n, channels = saved.samples, plan.channels
     pitch = -(-(width + 2) // LANES) * LANES
-    sums = grad_y.new_empty(
-        n * (depth // 2), channels + plan.taps.numel(), dtype=torch.float64
-    )
+    sums = grad_y.new_empty(n * (depth // 2), channels + plan.taps.numel(), dtype=torch.float64)
     grad_weight = grad_y.new_zeros(plan.mask.shape)
     job = windows.sum_gradients.job(
         n=n, channels=channels, depth=depth, height=height, width=width, pitch=pitch, lead=LANES,

@@ -20,7 +20,14 @@ from sparsekit.kernels.conv_norm_pool_relu.window_tiles import (
     store_window_maxima,
 )
 from sparsekit.kernels.parallel import take
-from sparsekit.kernels.vector import LANES, VECTOR_BYTES, add_lane_sums, add_product, filled, prefetch
+from sparsekit.kernels.vector import (
+    LANES,
+    VECTOR_BYTES,
+    add_lane_sums,
+    add_product,
+    filled,
+    prefetch,
+)
 
 _FIELDS = {
     "n": np.int64,
@@ -180,7 +187,9 @@ def sum_gradients(job):  # pragma: no cover - compiled
                             )
                 for i in range(groups):
                     add_lane_sums(
-                        vectors_at + i * LANES * VECTOR_BYTES, lane_sums_at + i * VECTOR_BYTES, LANES
+                        vectors_at + i * LANES * VECTOR_BYTES,
+                        lane_sums_at + i * VECTOR_BYTES,
+                        LANES,
                     )
                 at = part * columns + c + begin
                 for i in range(end - begin + 1):

@@ -137,7 +137,9 @@ def store_window_maxima(
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         del signature
-        rows = [builder.extract_value(args[i // 2], i % 2 * 2 + j) for j in (0, 1) for i in range(4)]
+        rows = [
+            builder.extract_value(args[i // 2], i % 2 * 2 + j) for j in (0, 1) for i in range(4)
+        ]
         columns = [_maximum_of_rows(builder, rows[:4]), _maximum_of_rows(builder, rows[4:])]
         even, odd = (
             [
