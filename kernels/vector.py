@@ -39,7 +39,7 @@ _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _UNDEFINED = ir.Constant(_VECTOR, ir.Undefined)
 
 
-class Tile(types.Type):  # type: ignore[misc]
+class Tile(types.Type):
     """Numba's type of `count` vectors in registers."""
 
     def __init__(self, count: int) -> None:
@@ -48,9 +48,9 @@ class Tile(types.Type):  # type: ignore[misc]
 
 
 @register_model(Tile)
-class _TileModel(models.PrimitiveModel):  # type: ignore[misc]
+class _TileModel(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: Tile) -> None:
-        super().__init__(dmm, fe_type, ir.ArrayType(_VECTOR, fe_type.count))
+        super().__init__(dmm, fe_type, ir.ArrayType(_VECTOR, fe_type.count))  # type: ignore[no-untyped-call]
 
 
 def _pointer(builder: Any, address: Any, kind: Any = _VECTOR) -> Any:
@@ -99,7 +99,7 @@ def _unpack(builder: Any, tile: Any) -> list[Any]:
     return [builder.extract_value(tile, i) for i in range(tile.type.count)]
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def filled(typing_context: Any, count: Any, scalar: Any) -> Any:
     """Return a tile of ``count`` vectors with ``scalar`` (float32) in every lane."""
     kind = Tile(count.literal_value)
@@ -111,7 +111,7 @@ def filled(typing_context: Any, count: Any, scalar: Any) -> Any:
     return kind(count, types.float32), generate
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def load_tile(typing_context: Any, address: Any, row: Any, a: Any, b: Any) -> Any:
     """Return the tile that stands in memory at ``address``."""
     a_, b_ = a.literal_value, b.literal_value
@@ -124,7 +124,7 @@ def load_tile(typing_context: Any, address: Any, row: Any, a: Any, b: Any) -> An
     return Tile(a_ * b_)(types.int64, types.int64, a, b), generate
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def store_tile(typing_context: Any, tile: Any, address: Any, row: Any, a: Any, b: Any) -> Any:
     """Write a tile to memory at ``address``."""
     a_, b_ = a.literal_value, b.literal_value
@@ -139,7 +139,7 @@ def store_tile(typing_context: Any, tile: Any, address: Any, row: Any, a: Any, b
     return types.void(tile, types.int64, types.int64, a, b), generate
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def stream_tile(typing_context: Any, tile: Any, address: Any, row: Any, a: Any, b: Any) -> Any:
     """Write a tile past the caches; address and row must be multiples of `VECTOR_BYTES`.
 
@@ -159,7 +159,7 @@ def stream_tile(typing_context: Any, tile: Any, address: Any, row: Any, a: Any, 
     return types.void(tile, types.int64, types.int64, a, b), generate
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def add_product(
     typing_context: Any, tile: Any, scalar: Any, address: Any, row: Any, a: Any, b: Any
 ) -> Any:
@@ -182,7 +182,7 @@ def add_product(
     return tile(tile, types.float32, types.int64, types.int64, a, b), generate
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def add_product_and_dot(
     typing_context: Any,
     tile: Any,
@@ -219,7 +219,7 @@ def add_product_and_dot(
     return result(tile, other, types.float32, types.int64, types.int64, a, b), generate
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def add_lane_sums(typing_context: Any, source: Any, target: Any, count: Any) -> Any:
     """Add the sum over lanes of each of ``count`` vectors to ``count`` float32 numbers.
 
@@ -263,7 +263,7 @@ def _add_halves(builder: Any, x: Any, y: Any, run: int) -> Any:
     return builder.fadd(_shuffle(builder, x, y, low), _shuffle(builder, x, y, high))
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def prefetch(typing_context: Any, address: Any, lines: Any, write: Any) -> Any:
     """Ask for ``lines`` cache lines from ``address`` on; ``write`` is 1 if they will be written."""
     lines_, write_ = lines.literal_value, write.literal_value
@@ -279,3 +279,176 @@ def prefetch(typing_context: Any, address: Any, lines: Any, write: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, lines, write), generate
+
+
+@intrinsic(prefer_literal=True)
+def pool_windows(
+    typing_context: Any,
+    first: Any,
+    row: Any,
+    plane: Any,
+    columns: Any,
+    pivot: Any,
+    target: Any,
+    winner: Any,
+    sums: Any,
+) -> Any:
+    """Take window maxima of the next 2 * `LANES` columns of two rows in two planes.
+
+    Parameters (int64 addresses and bytes but for ``pivot``, float32)
+    ----------
+    first
+        First column of the upper row in the upper plane; whole vectors are read from it on.
+    row, plane
+        Bytes to the lower row and to the lower plane.
+    columns
+        Columns that count, at least 1; others are read and left out.
+    pivot
+        Subtracted before sums are taken.
+    target, winner
+        Where ``columns // 2`` maxima go (float32), and the numbers of the voxels that they came
+        from (uint8, 0 to 7 in C order; of equal values the first).
+    sums
+        Two vectors in memory: sums of all values less the pivot, and of their squares, are added.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        del signature
+        first_, row_, plane_, columns_, pivot_, target_, winner_, sums_ = args
+        integers = ir.VectorType(_I32, LANES)
+        count = builder.trunc(columns_, _I32)
+        tops, places = [], []
+        total = _load(builder, sums_)
+        squares = _load(builder, builder.add(sums_, _I64(VECTOR_BYTES)))
+        center = _splat(builder, pivot_)
+        zero = ir.Constant(_VECTOR, [0.0] * LANES)
+        for half in range(2):
+            start = builder.add(first_, _I64(half * VECTOR_BYTES))
+            lower = builder.add(start, plane_)
+            values = [
+                _load(builder, address)
+                for address in (start, builder.add(start, row_), lower, builder.add(lower, row_))
+            ]
+            top = values[0]
+            place = ir.Constant(integers, [0] * LANES)
+            for number, value in zip((2, 4, 6), values[1:], strict=True):
+                larger = builder.fcmp_ordered(">", value, top)
+                place = builder.select(larger, ir.Constant(integers, [number] * LANES), place)
+                top = builder.select(larger, value, top)
+            tops.append(top)
+            places.append(place)
+            lanes = ir.Constant(integers, [half * LANES + i for i in range(LANES)])
+            inside = builder.icmp_signed("<", lanes, _splat_int(builder, count))
+            for value in values:
+                moved = builder.select(inside, builder.fsub(value, center), zero)
+                total = builder.fadd(total, moved)
+                squares = _fma(builder, moved, moved, squares)
+        builder.store(total, _pointer(builder, sums_)).align = 4
+        builder.store(squares, _pointer(builder, builder.add(sums_, _I64(VECTOR_BYTES)))).align = 4
+        even, odd = list(range(0, 2 * LANES, 2)), list(range(1, 2 * LANES, 2))
+        left, right = (_shuffle(builder, *tops, lanes) for lanes in (even, odd))
+        left_at, right_at = (_shuffle(builder, *places, lanes) for lanes in (even, odd))
+        right_at = builder.add(right_at, ir.Constant(integers, [1] * LANES))
+        equal_and_before = builder.and_(
+            builder.fcmp_ordered("==", right, left), builder.icmp_signed("<", right_at, left_at)
+        )
+        take_right = builder.or_(builder.fcmp_ordered(">", right, left), equal_and_before)
+        value = builder.select(take_right, right, left)
+        place = builder.trunc(
+            builder.select(take_right, right_at, left_at), ir.VectorType(_I8, LANES)
+        )
+        lanes = ir.Constant(integers, list(range(LANES)))
+        pooled = _splat_int(builder, builder.ashr(count, _I32(1)))
+        inside = builder.icmp_signed("<", lanes, pooled)
+        _masked_store(builder, value, target_, inside, f"v{LANES}f32")
+        _masked_store(builder, place, winner_, inside, f"v{LANES}i8")
+        return context.get_dummy_value()
+
+    return (
+        types.void(*[types.int64] * 4, types.float32, *[types.int64] * 3),
+        generate,
+    )
+
+
+def _splat_int(builder: Any, scalar: Any) -> Any:
+    undefined = ir.Constant(ir.VectorType(_I32, LANES), ir.Undefined)
+    first = builder.insert_element(undefined, scalar, _I32(0))
+    zeros = ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
+    return builder.shuffle_vector(first, undefined, zeros)
+
+
+def _masked_store(builder: Any, value: Any, address: Any, inside: Any, kind: str) -> None:
+    pointer = _pointer(builder, address, value.type)
+    signature = ir.FunctionType(ir.VoidType(), [value.type, pointer.type, _I32, inside.type])
+    function = cgutils.get_or_insert_function(
+        builder.module, signature, f"llvm.masked.store.{kind}.p0"
+    )
+    builder.call(function, [value, pointer, _I32(1), inside])
+
+
+@intrinsic(prefer_literal=True)
+def stream_vector(typing_context: Any, target: Any, source: Any) -> Any:
+    """Copy one vector past the caches; ``target`` is a multiple of `VECTOR_BYTES`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        del signature
+        store = builder.store(_load(builder, args[1]), _pointer(builder, args[0]))
+        store.align = VECTOR_BYTES
+        store.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic(prefer_literal=True)
+def copy_vector(typing_context: Any, target: Any, source: Any) -> Any:
+    """Copy one vector of float32 numbers."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        del signature
+        builder.store(_load(builder, args[1]), _pointer(builder, args[0])).align = 4
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic(prefer_literal=True)
+def copy_first(typing_context: Any, target: Any, source: Any, count: Any) -> Any:
+    """Copy the first ``count`` numbers of a vector, of which the whole can be read."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        del signature
+        lanes = ir.Constant(ir.VectorType(_I32, LANES), list(range(LANES)))
+        inside = builder.icmp_signed("<", lanes, _splat_int(builder, builder.trunc(args[2], _I32)))
+        _masked_store(builder, _load(builder, args[1]), args[0], inside, f"v{LANES}f32")
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic(prefer_literal=True)
+def any_bits_outside(typing_context: Any, values: Any, mask: Any, vectors: Any) -> Any:
+    """Tell whether float32 numbers at ``values`` have any bit set where the mask's byte is 0.
+
+    Looks at ``vectors`` * `LANES` numbers and as many bytes at ``mask``; 1 if so, else 0.
+    """
+    vectors_ = vectors.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        del context, signature
+        integers, octets = ir.VectorType(_I32, LANES), ir.VectorType(_I8, LANES)
+        none = ir.Constant(integers, [0] * LANES)
+        found = none
+        for i in range(vectors_):
+            bits = _load(builder, builder.add(args[0], _I64(i * VECTOR_BYTES)), integers)
+            place = _pointer(builder, builder.add(args[1], _I64(i * LANES)), octets)
+            keep = builder.load(place)
+            keep.align = 1
+            pruned = builder.icmp_unsigned("==", keep, ir.Constant(octets, [0] * LANES))
+            found = builder.or_(found, builder.select(pruned, bits, none))
+        kind = ir.FunctionType(_I32, [integers])
+        name = f"llvm.vector.reduce.or.v{LANES}i32"
+        total = builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [found])
+        return builder.zext(builder.icmp_unsigned("!=", total, _I32(0)), _I64)
+
+    return types.int64(types.int64, types.int64, vectors), generate
