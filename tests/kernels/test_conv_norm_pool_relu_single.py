@@ -63,6 +63,8 @@ def winners(saved: Saved, y: Tensor) -> Tensor:
     """Flat position of each window's winner in the map before the pooling."""
     n, c, d, h, w = y.shape
     number = saved.winners.view(n, c, d, h, -1)[..., :w].long()
+    # Those of an empty filter are never written.
+    number[:, ~saved.plan.mask.flatten(1).any(1)] = 8
     assert torch.equal(number >= 8, y == 0)
     number = number % 8
     depth, height, width = saved.grid
