@@ -1,8 +1,8 @@
 """Convolution, instance norm, max pooling and ReLU of one input channel that needs no gradient.
 
-Nothing of the full resolution is stored: the norm's statistics follow from the input and the filters
-(`single_channel_gram`), the rest happens in registers (`single_channel_windows`). README.md has the
-formulas, and when a call takes torch's layers instead.
+Nothing of the full resolution is stored: the norm's statistics follow from the input and the
+filters (`single_channel_gram`), the rest happens in registers (`single_channel_windows`). README.md
+has the formulas, and when a call takes torch's layers instead.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsekit.kernels import parallel
+from sparsekit.kernels import buffers, parallel
 from sparsekit.kernels.conv_norm_pool_relu import single_channel_gram as statistics
 from sparsekit.kernels.conv_norm_pool_relu import single_channel_windows as windows
 from sparsekit.kernels.vector import LANES
@@ -121,7 +121,7 @@ def forward(
     plane = (height + 2) * pitch
     # Tiles read up to two vectors and two voxels past the end.
     lead, slack = LANES, 4 * LANES
-    padded = x.new_empty(lead + n * (depth + 2) * plane + slack)
+    padded = buffers.empty((lead + n * (depth + 2) * plane + slack,))
     sides = x.new_empty(n, 2, depth, height)
     sums = x.new_empty(n, depth + statistics.FACES, statistics.SUMS, dtype=torch.float64)
     gram = x.new_empty(n, 27, 27, dtype=torch.float64)
@@ -151,13 +151,11 @@ def forward(
             y = _torch_layers(inputs, inputs.weight, inputs.bias).to(x.dtype)
         return y, inputs if save else None
 
-    y = x.new_empty(n, channels, depth // 2, height // 2, width // 2)
-    # Winners are stored by whole vectors.
+    y = buffers.empty((n, channels, depth // 2, height // 2, width // 2))
+    # Bytes, stored by whole vectors.
     winner_pitch = -(-(width // 2) // LANES) * LANES
-    winners = x.new_empty(
-        n * channels * (depth // 2) * (height // 2) * winner_pitch if save else 0,
-        dtype=torch.uint8,
-    )
+    winner_bytes = n * channels * (depth // 2) * (height // 2) * winner_pitch if save else 0
+    winners = buffers.empty((winner_bytes // 4,)).view(torch.uint8)
     offsets = plan.offsets(4 * pitch, 4 * plane)
     job = windows.forward.job(
         n=n, channels=channels, depth=depth, height=height, width=width, pitch=pitch, lead=lead,

@@ -4,17 +4,18 @@ Runs after `single_channel_gram`, which knows each channel's mean and spread bef
 number of the full resolution is ever stored. Kernels are serial over numbered parts
 (`sparsekit.kernels.parallel`); a part is the slab of two planes that one plane of the output pools.
 """
+# The type checkers count the typing context among an intrinsic's arguments.
+# pyright: reportCallIssue=false
 
-import numba
 import numpy as np
 
 from sparsekit.kernels.compiled import kernel
 from sparsekit.kernels.conv_norm_pool_relu.window_tiles import (
     add_to_memory,
     dot,
-    gradient_at_winners,
     float32_at,
     float64_at,
+    gradient_at_winners,
     int64_at,
     stack_bytes,
     store_window_maxima,
