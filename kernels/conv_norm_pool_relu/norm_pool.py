@@ -13,17 +13,17 @@ import numba
 import numpy as np
 
 from sparsekit.kernels.compiled import kernel
+from sparsekit.kernels.conv_norm_pool_relu.windows import pool_windows, unpool_windows
 from sparsekit.kernels.masked_conv3d.record import record
 from sparsekit.kernels.memory import (
     clear_bytes,
     copy_bytes,
     floats,
     load_float,
-    octets,
     store_float,
 )
 from sparsekit.kernels.parallel import take
-from sparsekit.kernels.vector import LANES, VECTOR_BYTES, pool_windows
+from sparsekit.kernels.vector import LANES, VECTOR_BYTES
 
 # Only in sums may the compiler reorder, to use vector registers. None of these flags assumes
 # finite numbers, so NaN and infinity go through as in torch.
@@ -148,19 +148,22 @@ def _gradient_sums(y, grad, count):  # pragma: no cover - compiled
     """Sums of the gradient behind the ReLU and of its product with y, in runs of float32."""
     total = 0.0
     product = 0.0
-    begin = 0
-    while begin < count:
-        end = min(count, begin + 256)
+    while count > 0:
+        run = min(count, 1024)
+        # Arrays of their own: the compiler knows then that no index is negative.
+        values = numba.carray(floats(y), run)
+        grads = numba.carray(floats(grad), run)
         run_total = np.float32(0.0)
         run_product = np.float32(0.0)
-        for i in range(begin, end):
-            value = y[i]
-            g = np.float32(0.0) if value <= 0 else grad[i]
+        for i in range(run):
+            g = np.float32(0.0) if values[i] <= 0 else grads[i]
             run_total += g
-            run_product += g * value
+            run_product += g * values[i]
         total += run_total
         product += run_product
-        begin = end
+        y += 4 * run
+        grad += 4 * run
+        count -= run
     return total, product
 
 
@@ -176,10 +179,9 @@ def slopes(job: Any) -> None:  # pragma: no cover - compiled
     pooled = job.pooled
     part = take(job)
     while part < job.parts:
-        y = numba.carray(floats(job.y + 4 * part * pooled), pooled)
-        grad = numba.carray(floats(job.grad + 4 * part * pooled), pooled)
         rstd = load_float(job.statistics + 12 * part + 8)
-        total, product = _gradient_sums(y, grad, pooled)
+        place = 4 * part * pooled
+        total, product = _gradient_sums(job.y + place, job.grad + place, pooled)
         slope = np.float32(-rstd * rstd * (product / job.voxels))
         offset = np.float32(-rstd * (total / job.voxels))
         store_float(job.slopes + 8 * part, slope)
@@ -187,6 +189,14 @@ def slopes(job: Any) -> None:  # pragma: no cover - compiled
         # The mean takes the bias out: its gradient is 0, or NaN with the rest of the channel.
         store_float(job.bias_grad + 4 * part, (offset + slope) * np.float32(0.0))
         part = take(job)
+
+
+@numba.njit(fastmath=_REST)
+def _line(source, target, width, high, low, slope, offset):  # pragma: no cover - compiled
+    x = numba.carray(floats(source), width)
+    y = numba.carray(floats(target), width)
+    for w in range(width):
+        y[w] = slope * ((x[w] - high) - low) + offset
 
 
 BACKWARD = record(
@@ -220,9 +230,10 @@ def backward(job: Any) -> None:  # pragma: no cover - compiled
             n = sample * job.channels + c
             x = job.x + sample * job.sample + c * job.channel
             start = job.g + (sample - job.first) * job.g_sample + c * job.g_channel
-            y = numba.carray(floats(job.y + 4 * n * pooled), pooled)
-            grad = numba.carray(floats(job.grad + 4 * n * pooled), pooled)
-            winner = numba.carray(octets(job.winner + n * pooled), pooled)
+            window = n * pooled + job.begin // 2 * half_h * half_w
+            pooled_place = job.y + 4 * window
+            winner_place = job.winner + window
+            grad_place = job.grad + 4 * window
             high = load_float(job.statistics + 12 * n)
             low = load_float(job.statistics + 12 * n + 4)
             rstd = load_float(job.statistics + 12 * n + 8)
@@ -233,28 +244,36 @@ def backward(job: Any) -> None:  # pragma: no cover - compiled
                 copy_bytes(start, start + job.carried_from * g_plane, job.carried * g_plane)
             clear_bytes(start + job.carried * g_plane, (job.at - job.carried) * g_plane)
             place = start + job.at * g_plane
-            i = job.begin // 2 * half_h * half_w
             for d in range(job.begin, job.end, 2):
                 planes = min(2, job.end - d)
-                for z in range(planes):
-                    for h in range(height):
-                        source = numba.carray(floats(x + (d + z) * plane + h * pitch), width)
-                        target = numba.carray(
-                            floats(scratch + z * g_plane + inner + h * pitch), width
-                        )
-                        for w in range(width):
-                            target[w] = slope * ((source[w] - high) - low) + offset
+                source = x + d * plane
                 if planes == 2:
                     for h in range(half_h):
-                        for w in range(half_w):
-                            if not (y[i + w] <= 0):
-                                at = np.int64(winner[i + w])
-                                voxel = (
-                                    scratch + inner + (at >> 2) * g_plane
-                                    + (2 * h + ((at >> 1) & 1)) * pitch + 4 * (2 * w + (at & 1))
-                                )  # fmt: skip
-                                store_float(voxel, load_float(voxel) + rstd * grad[i + w])
-                        i += half_w
+                        left = width
+                        here = source + 2 * h * pitch
+                        there = scratch + inner + 2 * h * pitch
+                        while left > 0:
+                            unpool_windows(
+                                here, pitch, plane, there, g_plane, left,
+                                pooled_place, winner_place, grad_place,
+                                high, low, slope, offset, rstd,
+                            )  # fmt: skip
+                            windows = min(left // 2, LANES)
+                            pooled_place += 4 * windows
+                            winner_place += windows
+                            grad_place += 4 * windows
+                            here += 2 * VECTOR_BYTES
+                            there += 2 * VECTOR_BYTES
+                            left -= 2 * LANES
+                for z in range(planes):
+                    # Rows in no window.
+                    begin_h = 2 * half_h if planes == 2 else 0
+                    for h in range(begin_h, height):
+                        _line(
+                            source + z * plane + h * pitch,
+                            scratch + z * g_plane + inner + h * pitch,
+                            width, high, low, slope, offset,
+                        )  # fmt: skip
                 copy_bytes(place, scratch, planes * g_plane)
                 place += planes * g_plane
             end = start + job.clear_to * g_plane

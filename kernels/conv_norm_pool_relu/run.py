@@ -60,7 +60,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, *, eps: 
     planes = conv.forward(padded, weight, bias, plan, samples, dense=False)
     d, h, w = layout_.shape.out
     pooled = buffers.empty((samples, channels, d // 2, h // 2, w // 2))
-    winner = torch.empty(pooled.shape, dtype=torch.uint8)
+    # Readers of the last window take a whole vector.
+    winner = torch.empty(pooled.numel() + LANES, dtype=torch.uint8)
     statistics = torch.empty(samples * channels, 3)
     scratch = torch.empty(samples * channels * 2 * LANES)
     target = layout_.target

@@ -334,9 +334,7 @@ class BackwardPass:
         """Complete `x` and `weight`."""
         if self.x is not None and self.planes is not None and self.strided:
             _move_classes(self.x, self.planes, self.layout, to_padded=False)
-        _scatter(
-            self.weight, self.plan, self._sums, self._sums_part, self.threads, self.threads
-        )
+        _scatter(self.weight, self.plan, self._sums, self._sums_part, self.threads, self.threads)
 
 
 def backward(
