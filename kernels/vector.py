@@ -26,13 +26,16 @@ from sparsekit.kernels.vector_ir import (
     REGISTERS,
     VECTOR,
     VECTOR_BYTES,
+    addresses,
     fma,
     load,
     masked_store,
+    pack,
     pointer,
     shuffle,
     splat,
     splat_int,
+    unpack,
 )
 
 __all__ = [
@@ -69,26 +72,6 @@ class _TileModel(models.PrimitiveModel):
         super().__init__(dmm, fe_type, ir.ArrayType(VECTOR, fe_type.count))  # type: ignore[no-untyped-call]
 
 
-def _addresses(builder: Any, first: Any, row: Any, a: int, b: int) -> list[Any]:
-    found = []
-    start = first
-    for i in range(a):
-        start = builder.add(start, row) if i else start
-        found += [builder.add(start, I64(j * VECTOR_BYTES)) for j in range(b)]
-    return found
-
-
-def _pack(builder: Any, vectors: list[Any]) -> Any:
-    tile = ir.Constant(ir.ArrayType(VECTOR, len(vectors)), ir.Undefined)
-    for i, vector in enumerate(vectors):
-        tile = builder.insert_value(tile, vector, i)
-    return tile
-
-
-def _unpack(builder: Any, tile: Any) -> list[Any]:
-    return [builder.extract_value(tile, i) for i in range(tile.type.count)]
-
-
 @intrinsic(prefer_literal=True)
 def filled(typing_context: Any, count: Any, scalar: Any) -> Any:
     """Return a tile of ``count`` vectors with ``scalar`` (float32) in every lane."""
@@ -96,7 +79,7 @@ def filled(typing_context: Any, count: Any, scalar: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         del context, signature
-        return _pack(builder, [splat(builder, args[1])] * kind.count)
+        return pack(builder, [splat(builder, args[1])] * kind.count)
 
     return kind(count, types.float32), generate
 
@@ -108,8 +91,8 @@ def load_tile(typing_context: Any, address: Any, row: Any, a: Any, b: Any) -> An
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         del context, signature
-        where = _addresses(builder, args[0], args[1], a_, b_)
-        return _pack(builder, [load(builder, address) for address in where])
+        where = addresses(builder, args[0], args[1], a_, b_)
+        return pack(builder, [load(builder, address) for address in where])
 
     return Tile(a_ * b_)(types.int64, types.int64, a, b), generate
 
@@ -121,8 +104,8 @@ def store_tile(typing_context: Any, tile: Any, address: Any, row: Any, a: Any, b
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         del signature
-        where = _addresses(builder, args[1], args[2], a_, b_)
-        for address, vector in zip(where, _unpack(builder, args[0]), strict=True):
+        where = addresses(builder, args[1], args[2], a_, b_)
+        for address, vector in zip(where, unpack(builder, args[0]), strict=True):
             builder.store(vector, pointer(builder, address)).align = 4
         return context.get_dummy_value()
 
@@ -139,8 +122,8 @@ def stream_tile(typing_context: Any, tile: Any, address: Any, row: Any, a: Any, 
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         del signature
-        where = _addresses(builder, args[1], args[2], a_, b_)
-        for address, vector in zip(where, _unpack(builder, args[0]), strict=True):
+        where = addresses(builder, args[1], args[2], a_, b_)
+        for address, vector in zip(where, unpack(builder, args[0]), strict=True):
             store = builder.store(vector, pointer(builder, address))
             store.align = VECTOR_BYTES
             store.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
@@ -159,9 +142,9 @@ def add_product(
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         del context, signature
         factor = splat(builder, args[1])
-        where = _addresses(builder, args[2], args[3], a_, b_)
-        sums = _unpack(builder, args[0])
-        return _pack(
+        where = addresses(builder, args[2], args[3], a_, b_)
+        sums = unpack(builder, args[0])
+        return pack(
             builder,
             [
                 fma(builder, load(builder, address), factor, total)
@@ -194,9 +177,9 @@ def add_product_and_dot(
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         del signature
         factor = splat(builder, args[2])
-        sums, others = _unpack(builder, args[0]), _unpack(builder, args[1])
+        sums, others = unpack(builder, args[0]), unpack(builder, args[1])
         dot = None
-        for i, address in enumerate(_addresses(builder, args[3], args[4], a_, b_)):
+        for i, address in enumerate(addresses(builder, args[3], args[4], a_, b_)):
             value = load(builder, address)
             sums[i] = fma(builder, value, factor, sums[i])
             dot = (
@@ -204,7 +187,7 @@ def add_product_and_dot(
                 if dot is None
                 else fma(builder, value, others[i], dot)
             )
-        return context.make_tuple(builder, result, [_pack(builder, sums), _pack(builder, [dot])])
+        return context.make_tuple(builder, result, [pack(builder, sums), pack(builder, [dot])])
 
     return result(tile, other, types.float32, types.int64, types.int64, a, b), generate
 

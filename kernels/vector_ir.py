@@ -78,3 +78,26 @@ def masked_store(builder: Any, value: Any, address: Any, inside: Any, kind: str)
         builder.module, signature, f"llvm.masked.store.{kind}.p0"
     )
     builder.call(function, [value, place, I32(1), inside])
+
+
+def addresses(builder: Any, first: Any, row: Any, a: int, b: int) -> list[Any]:
+    """Addresses of the vectors of ``a`` rows of ``b`` each, ``row`` bytes apart."""
+    found = []
+    start = first
+    for i in range(a):
+        start = builder.add(start, row) if i else start
+        found += [builder.add(start, I64(j * VECTOR_BYTES)) for j in range(b)]
+    return found
+
+
+def pack(builder: Any, vectors: list[Any]) -> Any:
+    """Vectors as a tile, which is an array to LLVM."""
+    tile = ir.Constant(ir.ArrayType(VECTOR, len(vectors)), ir.Undefined)
+    for i, vector in enumerate(vectors):
+        tile = builder.insert_value(tile, vector, i)
+    return tile
+
+
+def unpack(builder: Any, tile: Any) -> list[Any]:
+    """Vectors of a tile."""
+    return [builder.extract_value(tile, i) for i in range(tile.type.count)]

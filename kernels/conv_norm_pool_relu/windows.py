@@ -130,10 +130,10 @@ def unpool_windows(
     offset: Any,
     rstd: Any,
 ) -> Any:
-    """Write the gradient of the norm's input for the next 2 * `LANES` columns of two rows, two planes.
+    """Write the gradient of the norm's input for 2 * `LANES` columns of two rows and two planes.
 
-    Each voxel gets ``slope * ((x - high) - low) + offset``, and the winner of each window, where the
-    pooled map is not <= 0, ``rstd * grad`` in addition.
+    Each voxel gets ``slope * ((x - high) - low) + offset``, and the winner of each window,
+    where the pooled map is not <= 0, ``rstd * grad`` in addition.
 
     Parameters (int64 addresses and bytes but for the last five, float32)
     ----------

@@ -2,8 +2,8 @@
 
 A grid (d, h, w) is stored as padded planes, and a plane as padded rows one after another. The zeros
 that end a row are those that begin the next, and likewise for planes and channels. The output
-voxel at plane ``z``, row ``y`` and column ``x`` has the flat number ``y * pitch + x`` in plane ``z``, and
-tap ``t`` finds its input ``offset(t)`` further on, whatever the voxel. So a tile of consecutive flat
+voxel at row ``y`` and column ``x`` has the flat number ``y * pitch + x`` in its plane, and a tap
+finds its input at a constant offset from there, whatever the voxel. So a tile of consecutive flat
 numbers is computed with whole vectors, and what lies between the rows comes out as garbage that
 nobody reads.
 
