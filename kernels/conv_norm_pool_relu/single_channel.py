@@ -20,7 +20,7 @@ from sparsekit.types import Size3
 # Input of a band of output rows, 4 planes of it: well inside a second-level cache.
 _BAND_BYTES = 98304
 # Two channels together are faster if their taps are at most this share of what both have.
-_UNION_PAYS = 0.75
+_UNION_PAYS = 0.85
 
 
 class Plan:
