@@ -62,6 +62,15 @@ _CONV_REFERENCE = Implementation(
 )
 _TOPK_REFERENCE = Implementation("reference", lambda: topk_reference.topk_mask, follows_mask=False)
 
+
+def _load_topk_cpu() -> Callable[..., Any]:
+    from sparsekit.kernels.topk_mask import cpu
+
+    return cpu.topk_mask
+
+
+_TOPK_CPU = Implementation("cpu", _load_topk_cpu, follows_mask=False)
+
 _NORM_POOL_RELU_REFERENCE = Implementation(
     "reference", lambda: norm_pool_relu_reference.norm_pool_relu, follows_mask=False
 )
@@ -79,6 +88,7 @@ _NORM_POOL_RELU_CPU = Implementation("cpu", _load_norm_pool_relu_cpu, follows_ma
 ANY_DEVICE = "any"
 TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {
     ("masked_conv3d", ANY_DEVICE): (_CONV_REFERENCE,),
+    ("topk_mask", "cpu"): (_TOPK_CPU, _TOPK_REFERENCE),
     ("topk_mask", ANY_DEVICE): (_TOPK_REFERENCE,),
     ("norm_pool_relu", "cpu"): (_NORM_POOL_RELU_CPU, _NORM_POOL_RELU_REFERENCE),
     ("norm_pool_relu", ANY_DEVICE): (_NORM_POOL_RELU_REFERENCE,),
