@@ -9,6 +9,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 64
@@ -103,6 +104,24 @@ def _fetch_add(_typing_context: Any, address: Any, amount: Any) -> Any:
     return types.uint64(address, amount), codegen
 
 
+def _prefetch_block(_typing_context: Any, address: Any) -> Any:
+    """Ask for the block of 32-bit elements at an address, which need not be mapped."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> None:
+        i32, pointer = ir.IntType(32), _I8.as_pointer()
+        name = "llvm.prefetch.p0"
+        signature = ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32])
+        function = cgutils.get_or_insert_function(builder.module, signature, name)
+        # For reading, into all levels, as data.
+        hints = [ir.Constant(i32, n) for n in (0, 3, 1)]
+        for line in range(4 * LANES // 64):
+            place = builder.add(arguments[0], ir.Constant(_I64, 64 * line))
+            builder.call(function, [builder.inttoptr(place, pointer), *hints])
+
+    assert address == types.uint64
+    return types.void(address), codegen
+
+
 def _stack_bytes(_typing_context: Any, size: Any) -> Any:
     """Address of so many bytes of this thread's stack, 64-byte aligned; a global constant."""
 
@@ -143,6 +162,7 @@ def _bools_of_bits(_typing_context: Any, word: Any, address: Any) -> Any:
 count_ones: Any = intrinsic(_count_ones)
 lowest_one: Any = intrinsic(_lowest_one)
 fetch_add: Any = intrinsic(_fetch_add)
+prefetch_block: Any = intrinsic(_prefetch_block)
 stack_bytes: Any = intrinsic(prefer_literal=True)(_stack_bytes)
 bits_of_bools: Any = intrinsic(_bits_of_bools)
 bools_of_bits: Any = intrinsic(_bools_of_bits)

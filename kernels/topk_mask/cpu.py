@@ -1,6 +1,8 @@
 """Exact selection over a list of tensors on the CPU: README.md has the algorithm."""
 
+import ctypes
 import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +32,15 @@ _SAMPLE_FACTOR = 1.0
 _SAMPLED_TRIES = 3
 
 
+# Fresh memory comes page by page, which takes longer than the whole selection: ask for huge pages
+# from this size on, as NumPy does.
+_LARGE_BYTES = 1 << 22
+_PAGE_BYTES = mmap.PAGESIZE
+_HUGE_PAGES = 14
+_madvise = ctypes.CDLL(None).madvise
+_madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
 @dataclass(frozen=True, slots=True)
 class _Range:
     """Keys between which the threshold lies, and how many lie above and between them."""
@@ -46,7 +57,7 @@ def topk_mask(
     """Masks of the `keep` largest magnitudes; arguments are those that `sparsekit.ops` checked."""
     values = [t.detach().to(device="cpu", dtype=torch.float32).contiguous() for t in tensors]
     allowed = None if within is None else [m.detach().cpu().contiguous() for m in within]
-    masks = [torch.empty(v.shape, dtype=torch.bool) for v in values]
+    masks = [_new_mask(v.shape) for v in values]
     _Selection(values, allowed, masks, names).run(keep)
     return [mask.to(tensor.device) for mask, tensor in zip(masks, tensors, strict=True)]
 
@@ -76,9 +87,10 @@ class _Selection:
         self.within: Table = np.zeros(index.size, np.uint64)
         if allowed is not None:
             self.within = _addresses(allowed)[self.tensor] + begins
-        words_per_part = passes.PART // passes.LANES
-        self.bits: Table = np.empty(index.size * words_per_part, np.uint64)
-        self.words = np.uint64(self.bits.ctypes.data) + index * np.uint64(8 * words_per_part)
+        # Bits wait in the first eighth of the mask that they become, if they fit.
+        self.short: Table = np.empty(index.size, np.uint64)
+        short = np.uint64(self.short.ctypes.data) + index * np.uint64(8)
+        self.words = np.where(self.lengths >= passes.LANES, self.masks, short)
         self.above, self.inside, self.nan, self.starts = np.zeros((4, index.size), np.uint64)
         self.cursor: Table = np.zeros(1, np.uint64)
         self.capacity = max(_FEW_ENTRIES, self.entries // 16)
@@ -188,6 +200,15 @@ class _Selection:
         parallel.run(kernel.address, job, self.threads)
 
 
+def _new_mask(shape: torch.Size) -> Tensor:
+    mask = torch.empty(shape, dtype=torch.bool)
+    if mask.numel() >= _LARGE_BYTES:
+        begin = -(-mask.data_ptr() // _PAGE_BYTES) * _PAGE_BYTES
+        size = (mask.data_ptr() + mask.numel() - begin) // _PAGE_BYTES * _PAGE_BYTES
+        _madvise(begin, size, _HUGE_PAGES)
+    return mask
+
+
 def _addresses(tensors: Sequence[Tensor]) -> Table:
     return np.array([t.data_ptr() for t in tensors], np.uint64)
 
@@ -220,20 +241,25 @@ def _bracket(
     if tries >= _SAMPLED_TRIES or keys.size == 0:
         return (known.lowest + known.highest + 1) // 2, known.highest
     rank = (keep - known.above) / known.inside * keys.size
-    middle = min(max(keys.size - int(rank) - 1, 0), keys.size - 1)
-    guess = int(np.partition(keys, middle)[middle])
+    guess = _largest(keys, int(rank), known)
     # How much the number of larger keys differs from cluster to cluster says how far the rank may
     # be off: neighbours are often alike, so that the sample is worth less than its size.
     larger = (sampled > guess) & (sampled <= known.highest)
     per_cluster = larger.astype(np.float32) @ np.ones(passes.SAMPLED, np.float32)
     spread = _DEVIATIONS * math.sqrt(per_cluster.size * float(per_cluster.var())) + 2
-    low, high = keys.size - 1 - int(rank + spread), keys.size - int(rank - spread)
-    ends = sorted({min(max(i, 0), keys.size - 1) for i in (low, high)})
-    ordered = np.partition(keys, ends)
-    lowest = max(int(ordered[low]), known.lowest) if low >= 0 else known.lowest
-    highest = max(int(ordered[high]), lowest) if high < keys.size else known.highest
+    lowest = _largest(keys, int(rank + spread), known)
+    highest = _largest(keys, math.floor(rank - spread), known)
     share = np.count_nonzero((keys >= lowest) & (keys <= highest)) / keys.size
     if share * known.inside > capacity:
         # One value is so frequent that it must be the guess.
-        return max(guess, known.lowest), max(guess, known.lowest)
+        return guess, guess
     return lowest, highest
+
+
+def _largest(keys: npt.NDArray[np.int32], rank: int, known: _Range) -> int:
+    """The key that `rank` others are above, or an end of the range if there is none."""
+    if not 0 <= rank < keys.size:
+        return known.highest if rank < 0 else known.lowest
+    index = keys.size - 1 - rank
+    # NumPy is quick for one index, but not for several at once.
+    return max(int(np.partition(keys, index)[index]), known.lowest)
