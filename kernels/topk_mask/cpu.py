@@ -16,6 +16,7 @@ from sparsekit.errors import ArgumentError
 from sparsekit.kernels import parallel
 from sparsekit.kernels.compiled import Kernel
 from sparsekit.kernels.topk_mask import passes
+from sparsekit.kernels.vectors import LANES
 
 Table = npt.NDArray[np.uint64]
 
@@ -90,7 +91,7 @@ class _Selection:
         # Bits wait in the first eighth of the mask that they become, if they fit.
         self.short: Table = np.empty(index.size, np.uint64)
         short = np.uint64(self.short.ctypes.data) + index * np.uint64(8)
-        self.words = np.where(self.lengths >= passes.LANES, self.masks, short)
+        self.words = np.where(self.lengths >= LANES, self.masks, short)
         self.above, self.inside, self.nan, self.starts = np.zeros((4, index.size), np.uint64)
         self.cursor: Table = np.zeros(1, np.uint64)
         self.capacity = max(_FEW_ENTRIES, self.entries // 16)
