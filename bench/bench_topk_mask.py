@@ -49,6 +49,7 @@ def _run(
     call: Callable[..., Any],
     *args: Any,
     rounds: int = 15,
+    warmup_rounds: int = 10,
     **options: Any,
 ) -> Any:
     benchmark.group = f"{size:,} weights, sparsity {sparsity:.0%}"
@@ -63,7 +64,7 @@ def _run(
     if "setup" not in options:
         options["args"] = args
     return benchmark.pedantic(  # type: ignore[no-untyped-call]
-        call, rounds=rounds, iterations=1, warmup_rounds=1, **options
+        call, rounds=rounds, iterations=1, warmup_rounds=warmup_rounds, **options
     )
 
 
@@ -127,7 +128,7 @@ def test_torch_topk(
         mask[values.abs().topk(_keep(size, sparsity), sorted=False).indices] = True
         return mask
 
-    mask = _run(benchmark, size, sparsity, select, rounds=3)
+    mask = _run(benchmark, size, sparsity, select, rounds=3, warmup_rounds=1)
     assert int(mask.sum()) == _keep(size, sparsity)
 
 
@@ -152,7 +153,7 @@ def test_torch_global_unstructured(
             pruned, torch_prune.L1Unstructured, amount=size - _keep(size, sparsity)
         )
 
-    _run(benchmark, size, sparsity, prune, setup=fresh_modules, rounds=2)
+    _run(benchmark, size, sparsity, prune, setup=fresh_modules, rounds=2, warmup_rounds=1)
     ours = topk_mask(weights(size), _keep(size, sparsity))
     theirs = [module.get_buffer("weight_mask").bool() for module, _ in pruned]
     # Random weights have few ties, but torch breaks them otherwise.

@@ -195,9 +195,11 @@ class _Selection:
             "lengths": self.lengths,
             "words": self.words,
         }
-        job = kernel.job(parts=self.lengths.size)
-        for name, field in (tables | fields).items():
-            job[name] = field.ctypes.data if isinstance(field, np.ndarray) else field
+        numbers = {
+            name: field.__array_interface__["data"][0] if isinstance(field, np.ndarray) else field
+            for name, field in (tables | fields).items()
+        }
+        job = kernel.job(parts=self.lengths.size, **numbers)
         parallel.run(kernel.address, job, self.threads)
 
 
