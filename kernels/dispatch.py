@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from sparsekit.errors import ArgumentError, BackendError
+from sparsekit.kernels.bitmap import reference as bitmap_reference
 from sparsekit.kernels.masked_conv3d import reference as conv_reference
 from sparsekit.kernels.norm_pool_relu import reference as norm_pool_relu_reference
 from sparsekit.kernels.topk_mask import reference as topk_reference
@@ -84,6 +85,26 @@ def _load_norm_pool_relu_cpu() -> Callable[..., Any]:
 
 _NORM_POOL_RELU_CPU = Implementation("cpu", _load_norm_pool_relu_cpu, follows_mask=False)
 
+
+def _bitmap(function: str) -> tuple[Implementation, Implementation]:
+    """Rows of one of the functions on masks as bits, which take NumPy arrays."""
+
+    def load_cpu() -> Callable[..., Any]:
+        from sparsekit.kernels.bitmap import cpu
+
+        loaded: Callable[..., Any] = getattr(cpu, function)
+        return loaded
+
+    def load_reference() -> Callable[..., Any]:
+        loaded: Callable[..., Any] = getattr(bitmap_reference, function)
+        return loaded
+
+    return (
+        Implementation("cpu", load_cpu, follows_mask=False),
+        Implementation("reference", load_reference, follows_mask=False),
+    )
+
+
 # (op, device type) -> implementations, best first. Devices that are not listed take ANY_DEVICE.
 ANY_DEVICE = "any"
 TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {
@@ -92,6 +113,11 @@ TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {
     ("topk_mask", ANY_DEVICE): (_TOPK_REFERENCE,),
     ("norm_pool_relu", "cpu"): (_NORM_POOL_RELU_CPU, _NORM_POOL_RELU_REFERENCE),
     ("norm_pool_relu", ANY_DEVICE): (_NORM_POOL_RELU_REFERENCE,),
+    ("bitmap_pack", ANY_DEVICE): _bitmap("pack"),
+    ("bitmap_unpack", ANY_DEVICE): _bitmap("unpack"),
+    ("bitmap_count", ANY_DEVICE): _bitmap("count"),
+    ("bitmap_compact", ANY_DEVICE): _bitmap("compact"),
+    ("bitmap_expand", ANY_DEVICE): _bitmap("expand"),
 }
 
 

@@ -40,11 +40,9 @@ def constant(element: Any, value: int, lanes: int) -> Any:
 
 
 def _make_load(bits: int) -> Any:
-    kind = ir.IntType(bits)
-
     def load(_typing_context: Any, address: Any) -> Any:
         def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            pointer = builder.inttoptr(arguments[0], kind.as_pointer())
+            pointer = builder.inttoptr(arguments[0], ir.IntType(bits).as_pointer())
             value = builder.load(pointer, align=1)
             return value if bits == 64 else builder.zext(value, _I64)
 
@@ -55,10 +53,9 @@ def _make_load(bits: int) -> Any:
 
 
 def _make_store(bits: int) -> Any:
-    kind = ir.IntType(bits)
-
     def store(_typing_context: Any, address: Any, value: Any) -> Any:
         def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> None:
+            kind = ir.IntType(bits)
             pointer = builder.inttoptr(arguments[0], kind.as_pointer())
             value = arguments[1] if bits == 64 else builder.trunc(arguments[1], kind)
             builder.store(value, pointer, align=1)
