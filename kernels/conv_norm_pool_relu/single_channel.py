@@ -36,7 +36,7 @@ class Plan:
         flat = self.mask.reshape(self.channels, 27)
         channel, self.taps = (part.contiguous() for part in flat.nonzero(as_tuple=True))
         self.positions = channel * 27 + self.taps
-        self.first = torch.zeros(self.channels + 1, dtype=torch.int64)
+        self.first = torch.zeros(self.channels + 1, dtype=torch.int64, device=mask.device)
         torch.cumsum(flat.sum(1), 0, out=self.first[1:])
         # Products of voxels that no filter holds together need not be summed.
         planes = flat.view(self.channels, 3, 9).any(2)
@@ -47,10 +47,13 @@ class Plan:
 
     def offsets(self, row: int, plane: int) -> Tensor:
         """Bytes from a filter's first voxel to that of each tap; row and plane in bytes."""
-        if (row, plane) not in self._offsets:
+        found = self._offsets.get((row, plane))
+        if found is None:
             d, h, w = self.taps // 9, self.taps // 3 % 3, self.taps % 3
-            self._offsets = {(row, plane): d * plane + h * row + w * 4}
-        return self._offsets[row, plane]
+            found = d * plane + h * row + w * 4
+            # Other threads may replace it meanwhile.
+            self._offsets = {(row, plane): found}
+        return found
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def forward(
     gram = x.new_empty(n, 27, 27, dtype=torch.float64)
     boxes = x.new_empty(n, 27, dtype=torch.float64)
     moments = x.new_empty(n, channels, 2, dtype=torch.float64)
-    verdicts = torch.empty(n, dtype=torch.int64)
+    verdicts = x.new_empty(n, dtype=torch.int64)
     weights = weight.detach().reshape(-1)[plan.positions]
     job = statistics.pad.job(
         n=n, depth=depth, height=height, width=width, pitch=pitch, lead=lead, slack=slack,
