@@ -66,4 +66,4 @@ def _in_order(tiles: npt.NDArray[np.bool_], samples: int) -> Tensor:
     """From (n or 1, steps, per_plane) to the order of the kernels, for every sample."""
     ordered = tiles.transpose(0, 2, 1).reshape(tiles.shape[0], -1)
     every = np.broadcast_to(ordered, (samples, ordered.shape[1]))
-    return torch.from_numpy(every.astype(np.uint8))
+    return torch.from_numpy(every.astype(np.uint8, order="C"))
