@@ -5,8 +5,10 @@ large part of its time. A buffer returns here when the last tensor on its memory
 """
 
 import math
+import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,24 +29,29 @@ _free: list[Block] = []
 _free_bytes = 0
 _lent_bytes = 0
 _peak_lent_bytes = 0
+# A tensor may die at any moment, also when the collector runs while this very thread holds the
+# lock: what comes back waits here until the lock is free.
+_returned: deque[Block] = deque()
 
 
 def empty(shape: Sequence[int]) -> Tensor:
     """Return a float32 tensor on the CPU with arbitrary content, 64-byte aligned."""
     count = math.prod(shape)
     if 4 * count < SMALLEST_BYTES:
-        return torch.empty(*shape, dtype=torch.float32)
+        return torch.empty(*shape, dtype=torch.float32, device="cpu")
     block = _take(count)
-    view = block[:count]
-    tensor = torch.from_numpy(view)
+    # In its final shape: a torch view could not be changed in place behind an autograd function.
+    array = block[:count].reshape(shape)
+    tensor = torch.from_numpy(array)
     # torch keeps this very array object until the tensor's memory is freed.
-    weakref.finalize(view, _give_back, block).atexit = False
-    return tensor.view(*shape)
+    weakref.finalize(array, _give_back, block).atexit = False
+    return tensor
 
 
 def _take(count: int) -> Block:
     global _free_bytes, _lent_bytes, _peak_lent_bytes
     with _lock:
+        _sort_returned()
         best = -1
         for i, block in enumerate(_free):
             fits = count <= block.size <= count / (1 - _MOST_UNUSED)
@@ -64,20 +71,41 @@ def _take(count: int) -> Block:
 
 
 def _give_back(block: Block) -> None:
+    _returned.append(block)
+    if _lock.acquire(blocking=False):
+        try:
+            _sort_returned()
+        finally:
+            _lock.release()
+
+
+def _sort_returned() -> None:
+    """Put what came back among the free buffers; the caller holds the lock."""
     global _free_bytes, _lent_bytes
-    with _lock:
+    while _returned:
+        block = _returned.popleft()
         _lent_bytes -= block.nbytes
         _free.append(block)
         _free_bytes += block.nbytes
-        # Never keep more than was in use at one time: old sizes go first.
-        while _free_bytes + _lent_bytes > _peak_lent_bytes and len(_free) > 1:
-            _free_bytes -= _free.pop(0).nbytes
+    # Never keep more than was in use at one time: old sizes go first.
+    while _free_bytes + _lent_bytes > _peak_lent_bytes and len(_free) > 1:
+        _free_bytes -= _free.pop(0).nbytes
 
 
 def release() -> None:
     """Give all unused buffers back to the system."""
     global _free_bytes, _peak_lent_bytes
     with _lock:
+        _sort_returned()
         _free.clear()
         _free_bytes = 0
         _peak_lent_bytes = _lent_bytes
+
+
+def _after_fork() -> None:
+    # Another thread of the parent may have held it.
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -5,6 +5,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.module import _has_any_global_hook
 
 from sparsekit import masks as _masks
 from sparsekit import ops, prune
@@ -82,7 +83,7 @@ class MaskedConv3d(nn.Conv3d):
 def can_fuse(conv: nn.Module, x: Tensor) -> bool:
     """Whether `fused_block` may stand for a convolution, instance norm, max pooling and ReLU.
 
-    It may not where somebody watches the convolution's own output with a hook.
+    It may not where somebody watches or replaces the convolution's own call.
     """
     return (
         type(conv) is MaskedConv3d
@@ -91,6 +92,8 @@ def can_fuse(conv: nn.Module, x: Tensor) -> bool:
         and x.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and not (conv._forward_hooks or conv._backward_hooks or conv._backward_pre_hooks)
+        and not _has_any_global_hook()
+        and "forward" not in conv.__dict__
         and all(isinstance(hook, _masks.MaskHold) for hook in conv._forward_pre_hooks.values())
         and ops.fuses_on_cpu(x, conv.weight)
     )

@@ -196,7 +196,8 @@ def _why_only_reference(x: Tensor, weight: Tensor) -> str:
         return f"the CPU kernels are for float32, and x is {str(x.dtype).removeprefix('torch.')}"
     if x.numel() == 0:
         return "x is empty"
-    if not (torch.compiler.is_compiling() or dispatch.holds_values(x)):
+    plain = dispatch.holds_values(x) and dispatch.holds_values(weight)
+    if not (torch.compiler.is_compiling() or plain):
         return "the CPU kernels cannot see into traced tensors, torch.func or tensor subclasses"
     return ""
 

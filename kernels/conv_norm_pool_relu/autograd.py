@@ -1,5 +1,6 @@
 """Convolution, instance norm, max pooling and ReLU on the CPU as one differentiable function."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ class _ConvNormPoolReLU(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         plan = run.plan_of(mask, shape)
         saved = run.forward(x, weight.contiguous(), _contiguous(bias), plan, eps=eps)
-        ctx.save_for_backward(weight, saved.pooled)
-        # The output is saved the way that lets torch break the cycle; the rest is private.
-        ctx.saved = run.without_output(saved)
+        # All of it through torch, which frees it after the backward pass and lets checkpoints in.
+        ctx.save_for_backward(
+            weight, saved.padded, saved.planes, saved.pooled, saved.winner, saved.statistics
+        )
         ctx.plan = plan
         return saved.pooled
 
@@ -32,10 +34,10 @@ class _ConvNormPoolReLU(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        weight, pooled = ctx.saved_tensors
+        weight, *saved = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         dx, dw, db = run.backward(
-            run.with_output(ctx.saved, pooled), grad, weight.contiguous(), ctx.plan, need_x=need_x
+            run.Saved(*saved), grad, weight.contiguous(), ctx.plan, need_x=need_x
         )
         return dx, dw if need_weight else None, db if need_bias else None, None, None, None
 
@@ -46,10 +48,15 @@ class _SingleChannel(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, eps: float
     ) -> Tensor:
         plan = PlanCache.of(mask).get(_SingleChannel, lambda: single_channel.Plan(mask))
-        y, ctx.saved = single_channel.forward(
+        y, saved = single_channel.forward(
             x.contiguous(), weight.contiguous(), plan, _contiguous(bias), eps=eps,
             threads=torch.get_num_threads(), save=any(ctx.needs_input_grad),
         )  # fmt: skip
+        if saved is not None:
+            tensors = {name: t for name, t in vars(saved).items() if isinstance(t, Tensor)}
+            ctx.save_for_backward(*tensors.values())
+            ctx.names = tuple(tensors)
+            ctx.rest = replace(saved, **dict.fromkeys(tensors))
         return y
 
     @staticmethod
@@ -58,9 +65,8 @@ class _SingleChannel(torch.autograd.Function):
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
         _, need_weight, need_bias = ctx.needs_input_grad[:3]
-        dw, db = single_channel.backward(
-            ctx.saved, grad.contiguous(), threads=torch.get_num_threads()
-        )
+        saved = replace(ctx.rest, **dict(zip(ctx.names, ctx.saved_tensors, strict=True)))
+        dw, db = single_channel.backward(saved, grad.contiguous(), threads=torch.get_num_threads())
         return None, dw if need_weight else None, db if need_bias else None, None, None
 
 

@@ -1,7 +1,7 @@
 """Driver of the fused block on the CPU: from tensors to jobs and back. float32 only."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -34,22 +34,12 @@ class Saved:
     """The input as padded planes."""
     planes: Tensor
     """The convolution's output as its tiles wrote it."""
-    pooled: Tensor | None
-    """The block's output; None while torch holds it."""
+    pooled: Tensor
+    """The block's output."""
     winner: Tensor
     """Which voxel of each window was the largest, 0 to 7 in C order; uint8."""
     statistics: Tensor
     """Mean as a sum of two numbers, and 1 / spread; (n * c_out, 3)."""
-
-
-def without_output(saved: Saved) -> Saved:
-    """Leave the output out, which would hold on to the graph that holds on to it."""
-    return replace(saved, pooled=None)
-
-
-def with_output(saved: Saved, pooled: Tensor) -> Saved:
-    """Put the output back."""
-    return replace(saved, pooled=pooled)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, *, eps: float) -> Saved:
@@ -61,9 +51,9 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, *, eps: 
     d, h, w = layout_.shape.out
     pooled = buffers.empty((samples, channels, d // 2, h // 2, w // 2))
     # Readers of the last window take a whole vector.
-    winner = torch.empty(pooled.numel() + LANES, dtype=torch.uint8)
-    statistics = torch.empty(samples * channels, 3)
-    scratch = torch.empty(samples * channels * 2 * LANES)
+    winner = torch.empty(pooled.numel() + LANES, dtype=torch.uint8, device="cpu")
+    statistics = buffers.empty((samples * channels, 3))
+    scratch = buffers.empty((samples * channels * 2 * LANES,))
     target = layout_.target
     kernel = _forward_kernel(eps)
     job = kernel.job(
@@ -91,8 +81,8 @@ def backward(
     d, h, w = layout_.shape.out
     grad = grad.contiguous()
     assert saved.pooled is not None
-    slopes = torch.empty(samples * channels, 2)
-    bias_grad = torch.empty(samples, channels)
+    slopes = buffers.empty((samples * channels, 2))
+    bias_grad = buffers.empty((samples, channels))
     threads = parallel.thread_count(4 * saved.planes.numel(), _BYTES_PER_THREAD)
     parallel.run(
         norm_pool.slopes.address,

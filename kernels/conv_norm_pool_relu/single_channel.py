@@ -72,11 +72,14 @@ class Plan:
 
     def offsets(self, row: int, plane: int) -> Tensor:
         """Bytes from a filter's first voxel to that of each group's taps; row, plane in bytes."""
-        if (row, plane) not in self._offsets:
+        found = self._offsets.get((row, plane))
+        if found is None:
             taps = self.group_taps
             d, h, w = taps // 9, taps // 3 % 3, taps % 3
-            self._offsets = {(row, plane): d * plane + h * row + w * 4}
-        return self._offsets[row, plane]
+            found = d * plane + h * row + w * 4
+            # Other threads may replace it meanwhile.
+            self._offsets = {(row, plane): found}
+        return found
 
     def group_weights(self, weights: Tensor) -> Tensor:
         """Unpruned weights in the order of the groups' taps, (group taps, 2)."""
@@ -86,7 +89,7 @@ class Plan:
 
 
 def _starts(counts: Tensor) -> Tensor:
-    starts = torch.zeros(counts.numel() + 1, dtype=torch.int64)
+    starts = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=counts.device)
     torch.cumsum(counts, 0, out=starts[1:])
     return starts
 
@@ -95,7 +98,7 @@ def _groups(flat: Tensor) -> list[tuple[int, int]]:
     """Pair each channel with the one that shares most taps with it, if that pays."""
     shared = (flat.float() @ flat.float().T).fill_diagonal_(0.0)
     counts = flat.sum(1).tolist()
-    free = torch.ones(len(counts))
+    free = torch.ones(len(counts), device=flat.device)
     groups = []
     # Those with many taps choose first.
     for channel in sorted(range(len(counts)), key=lambda c: -counts[c]):
@@ -189,7 +192,7 @@ def forward(
     gram = x.new_empty(n, 27, 27, dtype=torch.float64)
     boxes = x.new_empty(n, 27, dtype=torch.float64)
     moments = x.new_empty(n, channels, 2, dtype=torch.float64)
-    verdicts = torch.empty(n, dtype=torch.int64)
+    verdicts = x.new_empty(n, dtype=torch.int64)
     weights = weight.detach().reshape(-1)[plan.positions]
     job = statistics.pad.job(
         n=n, depth=depth, height=height, width=width, pitch=pitch, lead=lead, slack=slack,

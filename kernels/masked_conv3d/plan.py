@@ -1,13 +1,14 @@
 """Lists of unpruned weights in the orders in which the CPU kernels walk them."""
 
-import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from sparsekit.errors import BackendError
 from sparsekit.kernels import parallel
 from sparsekit.kernels.compiled import kernel
 from sparsekit.kernels.masked_conv3d.geometry import Geometry
@@ -114,8 +115,18 @@ def build(mask: Tensor, geometry: Geometry, forward_block: int, backward_block: 
     geometry : Geometry
     forward_block, backward_block : int
         Channels per block that the forward and the backward pass read.
+
+    Raises
+    ------
+    BackendError
+        A scan is too large for the offsets of the lists.
     """
     shape = geometry.shape
+    if max(geometry.source.sample, geometry.gradient.sample) > np.iinfo(np.int32).max:
+        raise BackendError(
+            f"x: {shape.c_in} channels of a {shape.size} grid (or {shape.c_out} of the output's) "
+            "are too large for the CPU kernels; use backend='reference'"
+        )
     group_in = shape.c_in // shape.groups
     rows = geometry.source.channels
     f_rows = -(-group_in // forward_block) * shape.c_out
@@ -158,50 +169,50 @@ def build(mask: Tensor, geometry: Geometry, forward_block: int, backward_block: 
 
 
 class PlanCache:
-    """Plans of one mask tensor, kept on the tensor itself.
+    """Plans of one mask tensor in its present state.
 
-    A copy or a pickle of the tensor starts without plans: they belong to the very tensor, at the
-    version that its in-place changes have reached.
+    They belong to the very tensor: a copy or a pickle of it starts without plans. Changes show in
+    the version that torch counts; what bypasses it (``mask.data``, numpy) goes unseen.
     """
 
     MOST = 4
 
-    def __init__(self, mask: Tensor | None = None) -> None:
-        self._owner = None if mask is None else weakref.ref(mask)
-        self._version = -1
-        self.density = 0.0
+    def __init__(self, mask: Tensor) -> None:
+        # Tensors made in inference mode count no versions.
+        self._content = mask.clone() if mask.is_inference() else None
+        self._state = _state(mask)
+        self.density = int(mask.count_nonzero()) / max(1, mask.numel())
         self.plans: dict[Any, Any] = {}
 
     def is_of(self, mask: Tensor) -> bool:
         """Whether the plans are those of the tensor as it is now."""
-        return self._owner is not None and self._owner() is mask and self._version == mask._version
-
-    def __deepcopy__(self, memo: Any) -> "PlanCache":
-        return PlanCache()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return PlanCache, ()
+        if self._content is not None:
+            return torch.equal(self._content, mask)
+        return self._state == _state(mask)
 
     @classmethod
     def of(cls, mask: Tensor) -> "PlanCache":
         """Return the cache of a mask, a new one if the mask has changed."""
-        found = mask.__dict__.get(_ATTRIBUTE)
-        if isinstance(found, PlanCache) and found.is_of(mask):
-            return found
-        made = cls(mask)
-        made._version = mask._version
-        made.density = int(mask.count_nonzero()) / max(1, mask.numel())
-        setattr(mask, _ATTRIBUTE, made)
-        return made
+        found: PlanCache | None = _caches.get(mask)
+        if found is None or not found.is_of(mask):
+            _caches[mask] = found = cls(mask)
+        return found
 
     def get(self, key: Any, make: Any) -> Any:
         """Return the plan with this key, made if there is none; the oldest makes room."""
         plan = self.plans.get(key)
         if plan is None:
-            if len(self.plans) >= self.MOST:
-                self.plans.pop(next(iter(self.plans)))
-            plan = self.plans[key] = make()
+            plan = make()
+            # Other threads may do the same meanwhile.
+            for old in list(self.plans)[: len(self.plans) + 1 - self.MOST]:
+                self.plans.pop(old, None)
+            self.plans[key] = plan
         return plan
 
 
-_ATTRIBUTE = "_sparsekit_plans"
+def _state(mask: Tensor) -> tuple[int, int] | None:
+    return None if mask.is_inference() else (mask._version, mask.data_ptr())
+
+
+# Beside the tensors, not on them: what stands on a tensor goes into its pickle.
+_caches: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

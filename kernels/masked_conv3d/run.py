@@ -85,7 +85,7 @@ def pack_gradient(grad: Tensor, layout_: Geometry) -> tuple[Tensor, Tensor]:
     """Copy the gradient of the output into padded planes; also return its sums (n, c_out)."""
     grid = layout_.gradient
     padded = buffers.empty((grad.shape[0] * grid.sample,))
-    sums = torch.empty(*grad.shape[:2], dtype=torch.float32)
+    sums = buffers.empty(tuple(grad.shape[:2]))
     lead_d, rest = divmod(grid.interior, grid.plane)
     lead_h, lead_w = divmod(rest, layout_.pitch)
     _pack(grad.contiguous(), padded, sums, grid, layout_.pitch, (lead_d, lead_h, lead_w))

@@ -36,7 +36,7 @@ def backward_tiles(voxel_mask: Tensor, layout: Geometry, samples: int) -> Tensor
     taps = np.array(layout.gradient_taps)
     length = tiling.columns * LANES
     span = tiling.per_plane * length
-    end = int(taps.max()) + (tiling.planes + 1) * grid.plane + span
+    end = max(int(taps.max()) + (tiling.planes + 1) * grid.plane + span, grid.channel)
     flat = np.zeros((n, end), np.int32)
     d, h, w = np.meshgrid(*map(np.arange, (out_d, out_h, out_w)), indexing="ij")
     place = grid.interior + d * grid.plane + h * layout.pitch + w
@@ -66,4 +66,4 @@ def _in_order(tiles: npt.NDArray[np.bool_], samples: int) -> Tensor:
     """From (n or 1, steps, per_plane) to the order of the kernels, for every sample."""
     ordered = tiles.transpose(0, 2, 1).reshape(tiles.shape[0], -1)
     every = np.broadcast_to(ordered, (samples, ordered.shape[1]))
-    return torch.from_numpy(every.astype(np.uint8))
+    return torch.from_numpy(every.astype(np.uint8, order="C"))

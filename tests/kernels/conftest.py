@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsekit.kernels import buffers
+
 Compare = Callable[[str, str, Tensor, npt.NDArray[np.float64]], None]
 
 
@@ -71,3 +73,5 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         (np, "empty_like"),
     ):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+    # Buffers that are used again hold what an earlier call left there.
+    monkeypatch.setattr(buffers, "_take", poison(buffers._take))

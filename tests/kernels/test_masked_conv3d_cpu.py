@@ -1,0 +1,432 @@
+"""The CPU kernels of the masked convolution against the reference in float64.
+
+Memory is poisoned (conftest.py): a number that a kernel leaves unwritten, or takes from an earlier
+call, is NaN here.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparsekit.kernels.masked_conv3d import run
+from sparsekit.kernels.masked_conv3d.plan import PlanCache
+from sparsekit.kernels.vector import LANES
+from sparsekit.ops import explain, masked_conv3d
+from tests.kernels.convolutions import CASES, DENSITIES, Case, Compare, make_inputs, make_mask
+
+OP = "masked_conv3d_cpu"
+THREE = (3, 3, 3)
+ONES = (1, 1, 1)
+
+MORE_CASES = [
+    pytest.param(Case(3, 5, 7, (5, 3, 11), padding=ONES), id="batch-3-prime"),
+    pytest.param(Case(3, 2, 3, (9, 10, 11), padding=ONES, stride=(2, 2, 2)), id="batch-3-strided"),
+    pytest.param(Case(1, 2, 3, (1, 1, 1), padding=ONES), id="one-voxel-padded"),
+    pytest.param(Case(1, 2, 3, (1, 1, 9), padding=ONES), id="one-row"),
+    pytest.param(Case(1, 2, 3, (9, 1, 1), padding=ONES), id="one-column-deep"),
+    pytest.param(Case(1, 2, 3, (1, 9, 1), padding=ONES), id="one-row-high"),
+    pytest.param(Case(2, 2, 3, (2, 3, 2), ONES, padding=(4, 3, 5)), id="padding-without-reach"),
+    pytest.param(Case(2, 2, 3, (2, 3, 2), (2, 2, 2), padding=(4, 3, 5)), id="padding-beyond-reach"),
+    pytest.param(
+        Case(2, 2, 3, (3, 4, 3), (2, 1, 2), (2, 3, 2), (5, 4, 3)), id="padding-beyond-reach-strided"
+    ),
+    pytest.param(Case(2, 3, 2, (6, 7, 8), (1, 2, 3), padding=(0, 1, 2)), id="kernel-123"),
+    pytest.param(Case(2, 3, 2, (6, 7, 8), (4, 5, 2), padding=(2, 0, 1)), id="kernel-452"),
+    pytest.param(Case(1, 2, 2, (7, 7, 7), (5, 5, 5), padding=(2, 2, 2)), id="kernel-555"),
+    pytest.param(Case(1, 2, 2, (9, 6, 7), (5, 2, 4), (3, 1, 2), (2, 1, 0)), id="kernel-524-strided"),
+    pytest.param(Case(1, 2, 2, (9, 9, 9), THREE, ONES, (4, 4, 4), (4, 4, 4)), id="dilation-4"),
+    pytest.param(Case(1, 2, 2, (9, 8, 9), THREE, (2, 3, 1), (3, 2, 4), (3, 2, 4)), id="dilated-strided"),
+    pytest.param(Case(2, 4, 6, (6, 5, 7), ONES, (2, 2, 2)), id="pointwise-strided"),
+    pytest.param(Case(2, 4, 6, (6, 5, 7), ONES, (4, 5, 7)), id="stride-skips-voxels"),
+    pytest.param(Case(2, 4, 6, (5, 5, 5), (2, 2, 2), (3, 3, 3)), id="stride-beyond-kernel"),
+    pytest.param(Case(2, 6, 9, (5, 6, 7), THREE, padding=ONES, groups=3), id="groups-3"),
+    pytest.param(Case(2, 5, 15, (4, 5, 6), THREE, padding=ONES, groups=5), id="depthwise-3-each"),
+    pytest.param(Case(1, 1, 3, (6, 7, 5), padding=ONES), id="one-channel-in"),
+    pytest.param(Case(1, 3, 1, (6, 7, 5), padding=ONES), id="one-channel-out"),
+    pytest.param(Case(1, 130, 67, (4, 5, 6), padding=ONES), id="many-channels"),
+    pytest.param(Case(1, 2, 3, (3, 40, 45), padding=ONES), id="several-tiles-per-plane"),
+    pytest.param(Case(1, 2, 3, (40, 2, 3), padding=ONES), id="deep"),
+    pytest.param(Case(1, 2, 2, (3, 4, 200), padding=ONES), id="long-rows"),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def voxel_mask(case: Case, kind: str) -> Tensor:
+    shared = {"shared": 0.4, "sparse": 0.02}
+    random = torch.Generator().manual_seed(5)
+    if kind in shared:
+        return torch.rand(case.out, generator=random) < shared[kind]
+    found = torch.zeros(case.batch, 1, *case.out, dtype=torch.bool)
+    if kind == "per-scan":
+        found = torch.rand(found.shape, generator=random) < 0.4
+    elif kind == "one-voxel":
+        found[-1, 0, -1, case.out[1] // 2, -1] = True
+    elif kind == "full":
+        found[:] = True
+    return found
+
+
+def operands(case: Case, density: str) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Leaves x, weight and bias, the mask, and a gradient of the output; float32."""
+    x, weight, bias = make_inputs(case, torch.float32)
+    mask = make_mask(tuple(weight.shape), density)
+    grad = torch.randn(
+        case.batch, case.c_out, *case.out, generator=torch.Generator().manual_seed(11)
+    )
+    return [x, weight, bias], mask, grad
+
+
+def run_op(
+    leaves: list[Tensor], mask: Tensor, grad: Tensor, case: Case, backend: str = "cpu", **more: Any
+) -> list[Tensor]:
+    """Output, and the gradients of all leaves."""
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    y = masked_conv3d(
+        leaves[0], leaves[1], mask, leaves[2], backend=backend, **case.options, **more
+    )
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+
+def check(
+    compare: Compare, leaves: list[Tensor], mask: Tensor, grad: Tensor, case: Case, **more: Any
+) -> list[Tensor]:
+    found = run_op(leaves, mask, grad, case, **more)
+    doubles = [t.double() for t in leaves]
+    exact = run_op(doubles, mask, grad.double(), case, "reference", **more)
+    for direction, result, wanted in zip(
+        ("forward", "input", "weight", "bias"), found, exact, strict=True
+    ):
+        compare(OP, direction, result, wanted.numpy())
+        assert result.is_contiguous()
+    assert not bool(found[2][~mask].any())
+    return found
+
+
+def check_case(case: Case, density: str, compare: Compare) -> None:
+    leaves, mask, grad = operands(case, density)
+    check(compare, leaves, mask, grad, case)
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("case", [*CASES, *MORE_CASES])
+def test_values_and_gradients(case: Case, density: str, compare: Compare) -> None:
+    if case.batch == 0:
+        leaves, mask, grad = operands(case, density)
+        found = run_op(leaves, mask, grad, case, "auto")
+        assert found[0].shape == (0, case.c_out, *case.out)
+        assert not any(bool(t.any()) for t in found)
+        assert str(explain()).count("x is empty")
+        return
+    check_case(case, density, compare)
+
+
+# What run.py decides by size, forced. Every mode changes the way through the kernels.
+MODES: dict[str, dict[str, int]] = {
+    "one-channel-blocks": {"_FIRST_CACHE_BYTES": 1, "_SECOND_CACHE_BYTES": 1},
+    "blocks-of-3": {"_FIRST_CACHE_BYTES": 0, "_SECOND_CACHE_BYTES": -3},
+    "stream": {"_STREAM_BYTES": 0},
+    "prefetch": {"_PREFETCH_BYTES": 0},
+    "threads": {"_WORK_PER_THREAD": 0, "_BYTES_PER_THREAD": 0},
+    "all": {
+        "_FIRST_CACHE_BYTES": 1, "_SECOND_CACHE_BYTES": 1, "_STREAM_BYTES": 0,
+        "_PREFETCH_BYTES": 0, "_WORK_PER_THREAD": 0, "_BYTES_PER_THREAD": 0,
+    },
+}  # fmt: skip
+
+
+def set_mode(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    for name, value in MODES[mode].items():
+        if value >= 0:
+            monkeypatch.setattr(run, name, value)
+        else:
+            # Blocks of so many channels, whatever their size.
+            monkeypatch.setattr(run, "_block_channels", lambda *_, n=-value: n)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["same-size", "groups-3", "dilated-strided", "several-tiles-per-plane",
+    "deep", "batch-3-prime", "padding-beyond-reach", "long-rows", "everything", "many-channels"])  # fmt: skip
+def test_every_way_through_the_kernels(
+    name: str, mode: str, compare: Compare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case: Case = next(p.values[0] for p in [*CASES, *MORE_CASES] if p.id == name)  # type: ignore[assignment]
+    set_mode(monkeypatch, mode)
+    check_case(case, "half", compare)
+
+
+def test_the_modes_are_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(1, 7, 8, (4, 5, 6), padding=ONES)
+    leaves, mask, grad = operands(case, "half")
+    shape = run.shape_of(leaves[0], leaves[1], ONES, ONES, ONES, 1)
+    assert run.plan_of(mask.clone(), shape).forward.blocks == 1
+    set_mode(monkeypatch, "one-channel-blocks")
+    plan = run.plan_of(mask.clone(), shape)
+    assert (plan.forward.blocks, plan.backward.blocks) == (7, 8)
+    set_mode(monkeypatch, "blocks-of-3")
+    plan = run.plan_of(mask.clone(), shape)
+    assert (plan.forward.blocks, plan.backward.blocks) == (3, 3)
+
+
+@pytest.mark.parametrize("kind", ["shared", "sparse", "per-scan", "one-voxel", "full", "empty"])
+@pytest.mark.parametrize("name", ["same-size", "stride-uneven", "everything", "padding-without-reach",
+    "several-tiles-per-plane", "deep", "batch-3-prime", "kernel-452"])  # fmt: skip
+def test_voxel_masks(name: str, kind: str, compare: Compare) -> None:
+    case: Case = next(p.values[0] for p in [*CASES, *MORE_CASES] if p.id == name)  # type: ignore[assignment]
+    leaves, mask, grad = operands(case, "half")
+    voxels = voxel_mask(case, kind)
+    found = check(compare, leaves, mask, grad, case, voxel_mask=voxels)
+    assert not bool(found[0][(~voxels).expand_as(found[0])].any())
+
+
+def test_what_lies_outside_a_voxel_mask_may_hold_anything() -> None:
+    case = Case(2, 3, 4, (5, 6, 20), padding=ONES)
+    leaves, mask, grad = operands(case, "half")
+    voxels = torch.zeros(case.out, dtype=torch.bool)
+    voxels[:2, :2] = True
+    expected = run_op(leaves, mask, grad, case, voxel_mask=voxels)
+    # Neither the gradient there nor what only those voxels read.
+    dirty_grad = torch.where(voxels, grad, float("nan"))
+    dirty_x = leaves[0].detach().clone()
+    dirty_x[:, :, 4:] = float("nan")
+    found = run_op([dirty_x, *leaves[1:]], mask, dirty_grad, case, voxel_mask=voxels)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert torch.equal(found[3], expected[3])
+
+
+def spread_out(x: Tensor) -> Tensor:
+    """The same numbers, with NaN between them."""
+    wide = torch.full((*x.shape, 3), float("nan"), dtype=x.dtype)
+    wide[..., 1] = x
+    return wide[..., 1]
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels-last": lambda x: x.contiguous(memory_format=torch.channels_last_3d),
+    "turned": lambda x: x.transpose(2, 4).contiguous().transpose(2, 4),
+    "batch-inside": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "spread-out": spread_out,
+    "offset": lambda x: torch.cat([x.new_full((3,), float("nan")), x.flatten()])[3:].view(x.shape),
+    "flipped": lambda x: x.flip(3).contiguous().flip(3),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_memory_layouts_change_no_bit(layout: str, stride: int) -> None:
+    case = Case(2, 3, 5, (6, 7, 9), padding=ONES, stride=(stride,) * 3)
+    leaves, mask, grad = operands(case, "half")
+    expected = run_op(leaves, mask, grad, case)
+    change = LAYOUTS[layout]
+    x, weight = change(leaves[0].detach()), change(leaves[1].detach())
+    bias = spread_out(leaves[2].detach())
+    laid_mask = mask.transpose(2, 4).contiguous().transpose(2, 4)
+    assert torch.equal(x, leaves[0])
+    assert not laid_mask.is_contiguous()
+    found = run_op([x, weight, bias], laid_mask, change(grad), case)
+    for result, wanted in zip(found, expected, strict=True):
+        assert torch.equal(result, wanted)
+    voxels = voxel_mask(case, "per-scan")
+    expected = run_op(leaves, mask, grad, case, voxel_mask=voxels)
+    laid_voxels = voxels.transpose(2, 4).contiguous().transpose(2, 4)
+    found = run_op([x, weight, bias], mask, change(grad), case, voxel_mask=laid_voxels)
+    for result, wanted in zip(found, expected, strict=True):
+        assert torch.equal(result, wanted)
+
+
+def test_expanded_inputs_and_gradients(compare: Compare) -> None:
+    case = Case(2, 3, 4, (5, 6, 7), padding=ONES)
+    leaves, mask, _ = operands(case, "half")
+    x = leaves[0].detach()[:1, :1].expand(2, 3, 5, 6, 7)
+    check(compare, [x, *leaves[1:]], mask, torch.ones(()).expand(2, 4, 5, 6, 7), case)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_pruned_weights_may_hold_anything(poison: float, stride: int) -> None:
+    case = Case(2, 3, 4, (5, 6, 7), padding=ONES, stride=(stride,) * 3)
+    leaves, mask, grad = operands(case, "half")
+    expected = run_op(leaves, mask, grad, case)
+    dirty = torch.where(mask, leaves[1], poison)
+    for result, wanted in zip(run_op([leaves[0], dirty, leaves[2]], mask, grad, case), expected,
+        strict=True):  # fmt: skip
+        assert torch.equal(result, wanted)
+
+
+def reached(case: Case, mask: Tensor, x: Tensor) -> Tensor:
+    """Output voxels that an unpruned weight connects with a number that is not finite."""
+    y: Tensor = torch.nn.functional.conv3d(
+        (~x.isfinite()).double(), mask.double(), None, *case.options.values()
+    )
+    return y > 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("density", ["half", "all"])
+def test_the_output_is_not_finite_where_it_must_be(value: float, stride: int, density: str) -> None:
+    """And nowhere else: neighbours in memory are not neighbours in space."""
+    case = Case(2, 3, 4, (5, 6, 17), padding=(1, 0, 2), stride=(stride,) * 3)
+    leaves, mask, _ = operands(case, density)
+    for place in [(0, 0, 0, 0, 0), (0, 2, 4, 5, 16), (1, 1, 2, 3, 8), (0, 1, 3, 5, 0)]:
+        x = leaves[0].detach().clone()
+        x[place] = value
+        y, plain = (
+            masked_conv3d(t, leaves[1], mask, leaves[2], backend=backend, **case.options).detach()
+            for t, backend in ((x, "cpu"), (leaves[0], "cpu"))
+        )
+        wanted = reached(case, mask, x)
+        assert torch.equal(~y.isfinite(), wanted)
+        assert torch.equal(y[~wanted], plain[~wanted])
+        if density == "all":
+            # Without pruned weights, torch has the same to say about every voxel.
+            with torch.no_grad():
+                same = masked_conv3d(
+                    x, leaves[1], mask, leaves[2], backend="reference", **case.options
+                )
+            torch.testing.assert_close(y, same, equal_nan=True)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_gradients_are_not_finite_where_torch_says_so(stride: int) -> None:
+    """The weight's may be so at more taps of the same filters: border taps multiply zeros."""
+    case = Case(2, 3, 4, (5, 6, 17), padding=(1, 0, 2), stride=(stride,) * 3)
+    leaves, mask, grad = operands(case, "half")
+    full = torch.ones_like(mask)
+    plain = run_op(leaves, mask, grad, case)
+    for place in [(0, 0, 0, 0, 0), (1, 1, 1, 1, 3)]:
+        dirty = grad.clone()
+        dirty[place] = float("nan")
+        found = run_op(leaves, full, dirty, case)
+        wanted = run_op(leaves, full, dirty, case, "reference")
+        assert torch.equal(found[1].isnan(), wanted[1].isnan())
+        assert torch.equal(found[3].isnan(), wanted[3].isnan())
+        assert bool((found[2].isnan() | ~wanted[2].isnan()).all())
+        found = run_op(leaves, mask, dirty, case)
+        assert not bool(found[2][~mask].any())
+        others = [o for o in range(4) if o != place[1]]
+        assert torch.equal(found[2][others], plain[2][others])
+    x = leaves[0].detach().clone()
+    x[1, 2, 2, 3, 8] = float("nan")
+    found = run_op([x, *leaves[1:]], mask, grad, case)
+    wanted = run_op([x, *leaves[1:]], mask, grad, case, "reference")
+    assert torch.equal(found[1], plain[1])
+    assert bool((found[2].isnan() | ~wanted[2].isnan()).all())
+    assert not bool(found[2][~mask].any())
+    assert torch.equal(found[2][:, :2], plain[2][:, :2])
+
+
+def test_without_a_bias_and_one_scan_without_batch(compare: Compare) -> None:
+    case = Case(1, 3, 4, (5, 6, 7), padding=ONES)
+    leaves, mask, grad = operands(case, "half")
+    y = masked_conv3d(leaves[0][0], leaves[1], mask, backend="cpu", padding=1)
+    wanted = masked_conv3d(leaves[0].double(), leaves[1].double(), mask, padding=1)[0]
+    compare(OP, "forward", y, wanted.detach().numpy())
+
+
+@pytest.mark.parametrize("needed", range(1, 8))
+def test_only_the_gradients_that_are_needed(needed: int) -> None:
+    case = Case(2, 3, 4, (5, 6, 7), padding=ONES, stride=(1, 2, 1))
+    leaves, mask, grad = operands(case, "half")
+    expected = run_op(leaves, mask, grad, case)[1:]
+    own = [t.detach().requires_grad_(bool(needed >> i & 1)) for i, t in enumerate(leaves)]
+    masked_conv3d(own[0], own[1], mask, own[2], backend="cpu", **case.options).backward(grad)
+    for i, leaf in enumerate(own):
+        assert (leaf.grad is not None) == bool(needed >> i & 1)
+        if leaf.grad is not None:
+            assert torch.equal(leaf.grad, expected[i])
+
+
+def test_sizes_that_end_at_every_lane(compare: Compare) -> None:
+    """Row ends, tile ends and plane ends at every place within a vector."""
+    for width in range(1, 2 * LANES + 3):
+        check_case(Case(1, 2, 2, (2, 3, width), padding=ONES), "half", compare)
+        check_case(Case(1, 2, 2, (3, 4, width + 2)), "half", compare)
+
+
+axis = st.tuples(
+    st.integers(1, 9), st.integers(1, 4), st.integers(1, 3), st.integers(0, 3), st.integers(1, 3)
+)  # size, kernel, stride, padding, dilation
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture],
+)
+@given(
+    axes=st.tuples(axis, axis, axis),
+    batch=st.integers(1, 3),
+    channels=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)),
+    density=st.sampled_from(DENSITIES),
+    voxels=st.sampled_from([None, None, "shared", "per-scan", "one-voxel"]),
+)
+def test_drawn_shapes(
+    compare: Compare,
+    axes: tuple[tuple[int, ...], ...],
+    batch: int,
+    channels: tuple[int, int, int],
+    density: str,
+    voxels: str | None,
+) -> None:
+    by_argument = [(values[0], values[1], values[2]) for values in zip(*axes, strict=True)]
+    grid, kernel, stride, padding, dilation = by_argument
+    c_in, c_out, groups = channels
+    case = Case(
+        batch, c_in * groups, c_out * groups, grid, kernel, stride, padding, dilation, groups
+    )
+    assume(min(case.out) >= 1)
+    leaves, mask, grad = operands(case, density)
+    more = {} if voxels is None else {"voxel_mask": voxel_mask(case, voxels)}
+    check(compare, leaves, mask, grad, case, **more)
+
+
+def test_plans_of_several_geometries_share_a_mask() -> None:
+    case = Case(1, 2, 3, (5, 6, 7), padding=ONES)
+    leaves, mask, _ = operands(case, "half")
+    grids = [(5, 6, 7), (4, 6, 7), (5, 5, 7), (5, 6, 6), (3, 3, 3), (5, 6, 7), (8, 8, 8)]
+    for grid in grids:
+        other = replace(case, grid=grid, options={})
+        x, _, _ = make_inputs(other, torch.float32)
+        grad = torch.ones(1, 3, *other.out)
+        found = run_op([x, *leaves[1:]], mask, grad, other)
+        wanted = run_op([x, *leaves[1:]], mask, grad, other, "reference")
+        for result, exact in zip(found, wanted, strict=True):
+            torch.testing.assert_close(result, exact, rtol=1e-5, atol=1e-4)
+        assert len(PlanCache.of(mask).plans) <= PlanCache.MOST
+
+
+def test_lists_hold_each_unpruned_weight_once() -> None:
+    for param in [*CASES, *MORE_CASES]:
+        case: Case = param.values[0]  # type: ignore[assignment]
+        if case.batch == 0:
+            continue
+        leaves, mask, _ = operands(case, "half")
+        shape = run.shape_of(
+            leaves[0], leaves[1], case.stride, case.padding, case.dilation, case.groups
+        )
+        plan = run.plan_of(mask, shape)
+        wanted = np.flatnonzero(mask.numpy())
+        for entries in (plan.forward, plan.backward):
+            assert np.array_equal(np.sort(entries.index), wanted)
+            assert int(entries.starts[-1]) == len(wanted)
+            for parts in (1, 2, 3):
+                edges = entries.edges(parts)
+                assert edges[0] == 0
+                assert edges[-1] == entries.rows
+                assert bool((np.diff(edges) >= 0).all())
