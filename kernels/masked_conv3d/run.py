@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from sparsekit.kernels import buffers, parallel
