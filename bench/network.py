@@ -111,10 +111,14 @@ def random_masks(sparsity: float, *, dense: tuple[str, ...] = ()) -> dict[str, T
 def masked_network(masks: Mapping[str, Tensor]) -> BrainAgeCNN:
     """Our network with these masks, by the names of `LAYERS`; others stay dense layers."""
     model = BrainAgeCNN(GRID, generator=torch.Generator().manual_seed(1))
+    return hold(model, masks)
+
+
+def hold(model: BrainAgeCNN, masks: Mapping[str, Tensor]) -> BrainAgeCNN:
+    """Give our network masks by the names of `LAYERS`."""
     layers = convolutions(model)
     names = {id(module): f"{path}.weight" for path, module in model.named_modules()}
-    sparsify(model, {names[id(layers[name])]: mask for name, mask in masks.items()})
-    return model
+    return sparsify(model, {names[id(layers[name])]: mask for name, mask in masks.items()})
 
 
 def stock_network(like: BrainAgeCNN) -> StockNetwork:

@@ -1,10 +1,4 @@
-"""What a fresh process needs for its first steps: time and memory. Run as a child process.
-
-    python -m sparsekit.bench.probe SIDE SPARSITY STEPS [FOLDER]
-
-SIDE is ``ours`` or ``stock``. FOLDER, if given, is the only place where compiled kernels are looked
-for and left. Prints one line of JSON.
-"""
+"""What a fresh process needs for its first steps: time and memory, measured in child processes."""
 
 import json
 import subprocess
@@ -13,41 +7,64 @@ import time
 from pathlib import Path
 from typing import Any
 
+# torch is imported and timed before anything of ours, which would import it too.
+_CHILD = """
+import sys, time
+times = [time.perf_counter()]
+import torch
+times.append(time.perf_counter())
+import sparsekit.nn
+times.append(time.perf_counter())
+from sparsekit.bench import probe
+probe.main(times, *sys.argv[1:])
+"""
+
 
 def measure(side: str, sparsity: float, steps: int, folder: Path | None) -> dict[str, Any]:
-    """Train for some steps; return seconds from each stage to the next, and resident bytes."""
-    start = time.perf_counter()
+    """Train for some steps; return the seconds of each stage, and resident bytes.
+
+    Stages: importing Numba, which the kernels need; building the network, its masks
+    and a scan; `sparsekit.sparsify`; each step. The memory before the first step is taken when all
+    but the steps is done, so that libraries, weights and masks count as there before.
+    """
+    times = [time.perf_counter()]
+    import numba  # noqa: F401
+
+    times.append(time.perf_counter())
     import torch
 
-    torch_imported = time.perf_counter()
     from sparsekit.bench import network
     from sparsekit.bench.steps import training_step
     from sparsekit.kernels import compiled
+    from sparsekit.models import BrainAgeCNN
 
     if folder is not None:
         # The checkout's own folder may hold kernels of earlier runs.
         compiled._folders = lambda: [folder]
-    model: torch.nn.Module = network.masked_network(network.random_masks(sparsity))
-    if side == "stock":
-        model = network.stock_network(model)  # type: ignore[arg-type]
-    step = training_step(model, network.scan())
-    # The libraries behind the kernels count as loaded, as torch's do.
-    import numba  # noqa: F401
-
-    resident_before = resident_bytes("VmRSS")
-    built = time.perf_counter()
-    ends = []
+    masked = BrainAgeCNN(network.GRID)
+    masks = network.random_masks(sparsity)
+    x = network.scan()
+    times.append(time.perf_counter())
+    network.hold(masked, masks)
+    times.append(time.perf_counter())
+    model: torch.nn.Module = network.stock_network(masked) if side == "stock" else masked
+    step = training_step(model, x)
+    before = resident_bytes("VmRSS")
+    ends = [time.perf_counter()]
     for _ in range(steps):
         step()
         ends.append(time.perf_counter())
-    seconds = [end - begin for begin, end in zip([built, *ends], ends, strict=False)]
+    stages = ("import_numba_s", "build_s", "sparsify_s")
     return {
-        "import_torch_s": torch_imported - start,
-        "build_s": built - torch_imported,
-        "steps_s": seconds,
-        "resident_before_bytes": resident_before,
+        **dict(zip(stages, _differences(times), strict=True)),
+        "steps_s": _differences(ends),
+        "resident_before_bytes": before,
         "peak_bytes": resident_bytes("VmHWM"),
     }
+
+
+def _differences(times: list[float]) -> list[float]:
+    return [round(b - a, 5) for a, b in zip(times, times[1:], strict=False)]
 
 
 def resident_bytes(field: str) -> int:
@@ -71,17 +88,23 @@ def run(side: str, sparsity: float, steps: int, folder: Path | None = None) -> d
     folder : Path, optional
         Where compiled kernels lie; by default where they always do.
     """
-    command = [sys.executable, "-m", "sparsekit.bench.probe", side, str(sparsity), str(steps)]
+    command = [sys.executable, "-c", _CHILD, side, str(sparsity), str(steps)]
     if folder is not None:
         command.append(str(folder))
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr}")
+        raise RuntimeError(f"{side} at {sparsity}: exit code {done.returncode}\n{done.stderr}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-if __name__ == "__main__":
-    _side, _sparsity, _steps, *_rest = sys.argv[1:]
-    _folder = Path(_rest[0]) if _rest else None
-    print(json.dumps(measure(_side, float(_sparsity), int(_steps), _folder)))
+def main(
+    imports: list[float], side: str, sparsity: str, steps: str, folder: str = ""
+) -> None:
+    """Print what `measure` finds as one line of JSON: the child's part of `run`.
+
+    `imports` are the times before and after torch was imported, and after sparsekit was.
+    """
+    found = measure(side, float(sparsity), int(steps), Path(folder) if folder else None)
+    torch_s, sparsekit_s = _differences(imports)
+    print(json.dumps({"import_torch_s": torch_s, "import_sparsekit_s": sparsekit_s, **found}))
