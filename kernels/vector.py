@@ -46,7 +46,9 @@ __all__ = [
     "add_lane_sums",
     "add_product",
     "add_product_and_dot",
+    "add_products",
     "any_bits_outside",
+    "biased",
     "copy_first",
     "copy_vector",
     "filled",
@@ -153,6 +155,55 @@ def add_product(
         )
 
     return tile(tile, types.float32, types.int64, types.int64, a, b), generate
+
+
+@intrinsic(prefer_literal=True)
+def add_products(
+    typing_context: Any,
+    tile: Any,
+    scalars: Any,
+    address: Any,
+    row: Any,
+    a: Any,
+    b: Any,
+) -> Any:
+    """Return several tiles in one, ``tile[q] + scalars[q] * memory``, reading the memory once.
+
+    ``scalars`` is the address of as many float32 numbers as ``tile`` is larger than ``a`` x ``b``.
+    """
+    a_, b_ = a.literal_value, b.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        del context, signature
+        sums = unpack(builder, args[0])
+        count = a_ * b_
+        values = [
+            load(builder, address) for address in addresses(builder, args[2], args[3], a_, b_)
+        ]
+        for q in range(len(sums) // count):
+            factor = splat(builder, load(builder, builder.add(args[1], I64(4 * q)), F32))
+            for i, value in enumerate(values):
+                sums[q * count + i] = fma(builder, value, factor, sums[q * count + i])
+        return pack(builder, sums)
+
+    return tile(tile, types.int64, types.int64, types.int64, a, b), generate
+
+
+@intrinsic(prefer_literal=True)
+def biased(typing_context: Any, address: Any, channels: Any, count: Any) -> Any:
+    """Return ``channels`` tiles of ``count`` vectors in one, each full of its float32 number."""
+    channels_, count_ = channels.literal_value, count.literal_value
+    kind = Tile(channels_ * count_)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        del context, signature
+        vectors = []
+        for q in range(channels_):
+            number = load(builder, builder.add(args[0], I64(4 * q)), F32)
+            vectors += [splat(builder, number)] * count_
+        return pack(builder, vectors)
+
+    return kind(types.int64, channels, count), generate
 
 
 @intrinsic(prefer_literal=True)

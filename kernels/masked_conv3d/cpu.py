@@ -10,13 +10,17 @@ for ahead. Weights are taken in blocks of channels whose planes stay in a cache.
 from functools import cache
 from typing import Any
 
-import numba
 import numpy as np
 
 from sparsekit.kernels.compiled import Kernel, kernel
 from sparsekit.kernels.masked_conv3d.record import record
+from sparsekit.kernels.masked_conv3d.rows import (
+    clear_rows,
+    copy_rows,
+    stream_rows,
+    voxels_before,
+)
 from sparsekit.kernels.memory import (
-    clear_bytes,
     load_byte,
     load_float,
     load_int,
@@ -28,14 +32,11 @@ from sparsekit.kernels.vector import (
     add_lane_sums,
     add_product,
     add_product_and_dot,
-    copy_first,
-    copy_vector,
     filled,
     load_tile,
     prefetch,
     store_tile,
     stream_tile,
-    stream_vector,
 )
 
 WAITING = 128
@@ -58,77 +59,6 @@ BACKWARD = record(
     "dx_sample", "dx_channel", "dx_plane", "sums_part", "scratch_part",
     "depth", "height", "width", "pitch", "dense",
 )  # fmt: skip
-
-
-@numba.njit
-def _copy_rows(target, source, first, count, pitch, height, width):  # pragma: no cover - compiled
-    """Copy what of a plane's flat numbers first..first+count are voxels to rows without gaps.
-
-    Whole vectors are read from ``source``, also at its end. Returns how many numbers were copied;
-    they stand one after another, from voxel ``_voxels_before(first, ...)`` of the plane on.
-    """
-    row = first // pitch
-    begin = row * pitch
-    copied = 0
-    while begin < first + count and row < height:
-        low = max(begin, first)
-        left = min(begin + width, first + count) - low
-        place = source + 4 * (low - first)
-        while left >= LANES:
-            copy_vector(target, place)
-            target += VECTOR_BYTES
-            place += VECTOR_BYTES
-            left -= LANES
-            copied += LANES
-        if left > 0:
-            copy_first(target, place, left)
-            target += 4 * left
-            copied += left
-        row += 1
-        begin += pitch
-    return copied
-
-
-@numba.njit
-def _voxels_before(first, pitch, height, width):  # pragma: no cover - compiled
-    """How many voxels of a plane have a flat number below ``first``."""
-    row = min(first // pitch, height)
-    return row * width + min(first - row * pitch, width) if row < height else height * width
-
-
-@numba.njit
-def _stream_rows(
-    target, source, first, count, pitch, height, width, line
-):  # pragma: no cover - compiled
-    """Do as `_copy_rows`, past the caches; ``line`` is scratch memory, aligned to vectors."""
-    shift = target % VECTOR_BYTES
-    copied = 4 * _copy_rows(line + shift, source, first, count, pitch, height, width)
-    place = line + shift
-    head = min(copied, (VECTOR_BYTES - shift) % VECTOR_BYTES)
-    copy_first(target, place, head // 4)
-    target += head
-    place += head
-    copied -= head
-    while copied >= VECTOR_BYTES:
-        stream_vector(target, place)
-        target += VECTOR_BYTES
-        place += VECTOR_BYTES
-        copied -= VECTOR_BYTES
-    copy_first(target, place, copied // 4)
-
-
-@numba.njit
-def _clear_rows(target, first, count, pitch, height, width):  # pragma: no cover - compiled
-    """Set what of a plane's flat numbers first..first+count are voxels to 0."""
-    row = first // pitch
-    begin = row * pitch
-    while begin < first + count and row < height:
-        low = max(begin, first)
-        high = min(begin + width, first + count)
-        if high > low:
-            clear_bytes(target + 4 * (row * width + low - begin), 4 * (high - low))
-        row += 1
-        begin += pitch
 
 
 @cache
@@ -166,11 +96,11 @@ def forward(a: int, b: int) -> Kernel:
                 source = job.x + sample * job.x_sample + plane * x_plane + tile * row_bytes
                 target = job.y + sample * job.y_sample + plane * y_plane
                 first = tile * b * LANES
-                before = 4 * _voxels_before(first, pitch, out_height, out_width)
+                before = 4 * voxels_before(first, pitch, out_height, out_width)
                 if active != 0 and load_byte(active + sample * sequence + s) == 0:
                     for o in range(o_begin, o_end):
                         for i in range(min(a, out_depth - plane)):
-                            _clear_rows(
+                            clear_rows(
                                 target + o * y_channel + i * y_plane,
                                 first, b * LANES, pitch, out_height, out_width,
                             )  # fmt: skip
@@ -211,12 +141,12 @@ def forward(a: int, b: int) -> Kernel:
                             for i in range(min(a, out_depth - plane)):
                                 place = target + o * y_channel + i * y_plane + before
                                 if stream != 0:
-                                    _stream_rows(
+                                    stream_rows(
                                         place, rows + i * row_bytes, first, b * LANES,
                                         pitch, out_height, out_width, line,
                                     )  # fmt: skip
                                 else:
-                                    _copy_rows(
+                                    copy_rows(
                                         place, rows + i * row_bytes, first, b * LANES,
                                         pitch, out_height, out_width,
                                     )  # fmt: skip
@@ -270,7 +200,7 @@ def backward(a: int, b: int) -> Kernel:
                 x = job.x + sample * job.x_sample + plane * x_plane + tile * row_bytes
                 dx = job.dx + sample * job.dx_sample + plane * dx_plane
                 first = tile * b * LANES
-                before = 4 * _voxels_before(first, pitch, height, width)
+                before = 4 * voxels_before(first, pitch, height, width)
                 used = active == 0 or load_byte(active + n) != 0
                 for block in range(blocks):
                     for r in range(r_begin, r_end):
@@ -321,7 +251,7 @@ def backward(a: int, b: int) -> Kernel:
                             else:
                                 store_tile(total, leaving, row_bytes, a, b)
                                 for i in range(min(a, depth - plane)):
-                                    _copy_rows(
+                                    copy_rows(
                                         dx + r * dx_channel + i * dx_plane + before,
                                         leaving + i * row_bytes,
                                         first, b * LANES, pitch, height, width,

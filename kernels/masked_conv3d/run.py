@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparsekit.kernels import buffers, parallel
 from sparsekit.kernels.compiled import Kernel
-from sparsekit.kernels.masked_conv3d import cpu, layout
+from sparsekit.kernels.masked_conv3d import cpu, grouped, layout
 from sparsekit.kernels.masked_conv3d.geometry import Geometry, Grid, Shape, geometry
 from sparsekit.kernels.masked_conv3d.plan import Plan, PlanCache, build
 from sparsekit.kernels.vector import LANES, REGISTERS, VECTOR_BYTES
@@ -18,6 +18,9 @@ from sparsekit.types import Size3
 _FIRST_CACHE_BYTES = 32 << 10
 _SECOND_CACHE_BYTES = 384 << 10
 _LEAST_ENTRIES = 6.0
+# Share of kept weights above which the zeros are computed as well: a list reads a vector for each
+# multiply-add, a group of channels for four.
+_GROUPED_DENSITY = 0.6
 # Work below which a second thread costs more than it brings, in multiply-adds.
 _WORK_PER_THREAD = 1 << 18
 _BYTES_PER_THREAD = 1 << 18
@@ -141,6 +144,19 @@ def _threads(plan: Plan, samples: int) -> int:
     return parallel.thread_count(plan.forward.entries * vectors * LANES, _WORK_PER_THREAD)
 
 
+def _takes_grouped(plan: Plan, active: Tensor | None) -> bool:
+    """Whether several output channels at a time, zeros included, are faster than a list."""
+    layout_ = plan.geometry
+    return (
+        plan.density > _GROUPED_DENSITY
+        and active is None
+        and layout_.shape.groups == 1
+        and layout_.classes == (1, 1, 1)
+        and layout_.shape.c_out >= grouped.CHANNELS_AT_ONCE
+        and REGISTERS >= 32
+    )
+
+
 def forward(
     padded: Tensor,
     weight: Tensor,
@@ -180,6 +196,9 @@ def forward(
     if y.numel() == 0:
         return y
     threads = _threads(plan, samples)
+    if _takes_grouped(plan, active):
+        _forward_grouped(padded, weight, bias, plan, samples, y, dense, threads)
+        return y
     values = _gather(weight, entries.index, threads)
     sequence = tiling.tiles
     tile_parts, channel_parts = _split(threads, sequence, samples, shape.c_out)
@@ -205,6 +224,51 @@ def forward(
     )  # fmt: skip
     parallel.run(kernel.address, job, threads)
     return y
+
+
+def _forward_grouped(
+    padded: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, samples: int, y: Tensor,
+    dense: bool, threads: int,
+) -> None:  # fmt: skip
+    layout_, shape = plan.geometry, plan.geometry.shape
+    tiling, source, target = layout_.grouped, layout_.source, layout_.target
+    out_d, out_h, out_w = shape.out
+    rows = -(-shape.c_out // grouped.CHANNELS_AT_ONCE)
+    columns = weight[0].numel()
+    packed = buffers.empty((rows * grouped.CHANNELS_AT_ONCE * columns,))
+    parallel.run(
+        grouped.pack_weights.address,
+        grouped.pack_weights.job(
+            parts=rows, weight=weight.data_ptr(), mask=plan.mask.data_ptr(),
+            packed=packed.data_ptr(), c_out=shape.c_out, columns=columns,
+        ),
+        threads,
+    )  # fmt: skip
+    start = np.zeros(rows * grouped.CHANNELS_AT_ONCE, np.float32)
+    if bias is not None:
+        start[: shape.c_out] = bias.numpy()
+    taps = np.array(layout_.source_taps, np.int32)
+    plane, channel, sample = target.plane, target.channel, target.sample
+    if dense:
+        plane, channel = out_h * out_w, out_d * out_h * out_w
+        sample = shape.c_out * channel
+    # Small maps have few tiles: as many parts as there can be.
+    tile_parts = min(tiling.tiles, -(-8 * threads // samples))
+    tile_bytes = tiling.rows * tiling.columns * VECTOR_BYTES
+    scratch_part = 2 * grouped.CHANNELS_AT_ONCE * tile_bytes + 4 * VECTOR_BYTES
+    scratch = buffers.empty((tile_parts * samples * scratch_part // 4,))
+    kernel = grouped.forward(tiling.rows, tiling.columns)
+    job = kernel.job(
+        parts=tile_parts * samples, x=padded.data_ptr(), y=y.data_ptr(),
+        weights=packed.data_ptr(), bias=start.ctypes.data, taps=taps.ctypes.data,
+        tap_count=len(taps), scratch=scratch.data_ptr(), c_in=shape.c_in, c_out=shape.c_out,
+        tile_parts=tile_parts, steps=tiling.planes // tiling.rows, sequence=tiling.tiles,
+        x_sample=4 * source.sample, x_channel=4 * source.channel, x_plane=4 * source.plane,
+        y_sample=4 * sample, y_channel=4 * channel, y_plane=4 * plane,
+        scratch_part=scratch_part, out_depth=out_d, out_height=out_h, out_width=out_w,
+        pitch=layout_.pitch, dense=int(dense), stream=int(4 * y.numel() > _STREAM_BYTES),
+    )  # fmt: skip
+    parallel.run(kernel.address, job, threads)
 
 
 def _ahead(grid: Grid, rows: int, furthest: int, samples: int) -> int:
