@@ -16,9 +16,11 @@ from torch.nn import Parameter
 
 from sparsekit.errors import ArgumentError, BackendError
 from sparsekit.kernels.bitmap import reference as bitmap_reference
+from sparsekit.kernels.conv_norm_pool_relu import reference as conv_norm_pool_relu_reference
 from sparsekit.kernels.masked_conv3d import reference as conv_reference
 from sparsekit.kernels.norm_pool_relu import reference as norm_pool_relu_reference
 from sparsekit.kernels.topk_mask import reference as topk_reference
+from sparsekit.kernels.zero_pruned import reference as zero_pruned_reference
 
 BACKENDS = ("reference", "cpu", "triton")
 """Every backend that can be named; not each op has each of them."""
@@ -64,6 +66,26 @@ _CONV_REFERENCE = Implementation(
 _TOPK_REFERENCE = Implementation("reference", lambda: topk_reference.topk_mask, follows_mask=False)
 
 
+def _load_conv_cpu() -> Callable[..., Any]:
+    from sparsekit.kernels.masked_conv3d import autograd
+
+    return autograd.masked_conv3d
+
+
+def _load_conv_norm_pool_relu_cpu() -> Callable[..., Any]:
+    from sparsekit.kernels.conv_norm_pool_relu import autograd
+
+    return autograd.conv_norm_pool_relu
+
+
+_CONV_CPU = Implementation("cpu", _load_conv_cpu, follows_mask=True)
+
+_CONV_NORM_POOL_RELU_CPU = Implementation("cpu", _load_conv_norm_pool_relu_cpu, follows_mask=True)
+_CONV_NORM_POOL_RELU_REFERENCE = Implementation(
+    "reference", lambda: conv_norm_pool_relu_reference.conv_norm_pool_relu, follows_mask=False
+)
+
+
 def _load_topk_cpu() -> Callable[..., Any]:
     from sparsekit.kernels.topk_mask import cpu
 
@@ -84,6 +106,18 @@ def _load_norm_pool_relu_cpu() -> Callable[..., Any]:
 
 
 _NORM_POOL_RELU_CPU = Implementation("cpu", _load_norm_pool_relu_cpu, follows_mask=False)
+
+
+def _load_zero_pruned_cpu() -> Callable[..., Any]:
+    from sparsekit.kernels.zero_pruned import cpu
+
+    return cpu.zero_pruned
+
+
+_ZERO_PRUNED_CPU = Implementation("cpu", _load_zero_pruned_cpu, follows_mask=False)
+_ZERO_PRUNED_REFERENCE = Implementation(
+    "reference", lambda: zero_pruned_reference.zero_pruned, follows_mask=False
+)
 
 
 def _bitmap(function: str) -> tuple[Implementation, Implementation]:
@@ -108,9 +142,14 @@ def _bitmap(function: str) -> tuple[Implementation, Implementation]:
 # (op, device type) -> implementations, best first. Devices that are not listed take ANY_DEVICE.
 ANY_DEVICE = "any"
 TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {
+    ("masked_conv3d", "cpu"): (_CONV_CPU, _CONV_REFERENCE),
     ("masked_conv3d", ANY_DEVICE): (_CONV_REFERENCE,),
+    ("conv_norm_pool_relu", "cpu"): (_CONV_NORM_POOL_RELU_CPU, _CONV_NORM_POOL_RELU_REFERENCE),
+    ("conv_norm_pool_relu", ANY_DEVICE): (_CONV_NORM_POOL_RELU_REFERENCE,),
     ("topk_mask", "cpu"): (_TOPK_CPU, _TOPK_REFERENCE),
     ("topk_mask", ANY_DEVICE): (_TOPK_REFERENCE,),
+    ("zero_pruned", "cpu"): (_ZERO_PRUNED_CPU, _ZERO_PRUNED_REFERENCE),
+    ("zero_pruned", ANY_DEVICE): (_ZERO_PRUNED_REFERENCE,),
     ("norm_pool_relu", "cpu"): (_NORM_POOL_RELU_CPU, _NORM_POOL_RELU_REFERENCE),
     ("norm_pool_relu", ANY_DEVICE): (_NORM_POOL_RELU_REFERENCE,),
     ("bitmap_pack", ANY_DEVICE): _bitmap("pack"),

@@ -17,13 +17,14 @@ from sparsekit._version import __version__
 from sparsekit.codec import PayloadInfo, base_digest, decode, decode_masks, encode, inspect
 from sparsekit.explanation import explain
 from sparsekit.nn import MaskedConv3d, densify, sparsify
-from sparsekit.ops import masked_conv3d, norm_pool_relu, topk_mask
+from sparsekit.ops import conv_norm_pool_relu, masked_conv3d, norm_pool_relu, topk_mask
 
 __all__ = [
     "MaskedConv3d",
     "PayloadInfo",
     "__version__",
     "base_digest",
+    "conv_norm_pool_relu",
     "decode",
     "decode_masks",
     "densify",

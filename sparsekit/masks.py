@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from sparsekit.errors import ArgumentError, ArgumentTypeError
+from sparsekit.kernels import dispatch
 from sparsekit.types import Masks
 
 MASK_SUFFIX = "_mask"
@@ -28,6 +29,9 @@ PRUNABLE_TYPES = (
 # On the parameter itself, not in a table by id: it cannot go stale, needs no lock between
 # threads, and dies with the parameter.
 _ATTRIBUTE = "_sparsekit_mask"
+
+# For fewer entries, torch is faster than a kernel's start, and nothing needs to be compiled.
+_LEAST_ENTRIES = 1 << 14
 
 _lock = threading.Lock()
 _hook_installed = False
@@ -49,8 +53,17 @@ def _zero(parameter: Tensor, mask: Tensor) -> None:
     if mask.device != parameter.device:
         mask = mask.to(parameter.device)
         setattr(parameter, _ATTRIBUTE, mask)
-    # Not a product: NaN * 0 is NaN, and -1 * 0 is -0.0.
-    parameter.masked_fill_(~mask, 0.0)
+    suits_cpu = (
+        parameter.dtype == torch.float32
+        and parameter.is_contiguous()
+        and mask.is_contiguous()
+        and parameter.numel() >= _LEAST_ENTRIES
+        and dispatch.holds_values(parameter)
+    )
+    choice = dispatch.resolve(
+        "zero_pruned", parameter.device.type, reference_only="" if suits_cpu else "not for these"
+    )
+    choice.implementation.load()(parameter, mask)
 
 
 def _hold(parameter: Tensor, mask: Tensor) -> None:

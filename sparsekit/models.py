@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparsekit.errors import ArgumentError
+from sparsekit.nn import can_fuse, fused_block
 from sparsekit.ops import norm_pool_relu
 from sparsekit.types import Size3
 
@@ -98,7 +99,7 @@ class BrainAgeCNN(nn.Module):
             *(_Block(c_in, c_out) for c_in, c_out in zip([1, *channels], channels, strict=False))
         )
         self.neck = nn.Conv3d(channels[-1], neck, 1)
-        self.neck_norm = nn.InstanceNorm3d(neck) if last_norm else nn.Identity()
+        self.neck_norm = _InstanceNorm(neck) if last_norm else nn.Identity()
         self.out = nn.Conv3d(neck, 1, 1)
         self.reset_parameters(generator)
 
@@ -154,11 +155,25 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Halve the map, (n, c_in, d, h, w) to (n, c_out, d // 2, h // 2, w // 2)."""
+        if can_fuse(self.conv, x):
+            return fused_block(self.conv, x)
         return norm_pool_relu(self.conv(x))
 
     def extra_repr(self) -> str:
         """Name what follows the convolution."""
         return "then: instance norm, max pool 2, ReLU"
+
+
+class _InstanceNorm(nn.InstanceNorm3d):
+    """Instance norm without parameters: layer norm over the voxels, which torch has fast."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise each channel of each sample (n, c, d, h, w)."""
+        if input[0, 0].numel() == 1:
+            # Refuses to normalise a single voxel.
+            normed: Tensor = super().forward(input)
+            return normed
+        return functional.layer_norm(input, input.shape[2:], eps=self.eps)
 
 
 def _block_count(in_shape: Size3, blocks: int | None) -> int:

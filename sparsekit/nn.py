@@ -79,6 +79,35 @@ class MaskedConv3d(nn.Conv3d):
         return f"{text}, density={self.density:.4f}"
 
 
+def can_fuse(conv: nn.Module, x: Tensor) -> bool:
+    """Whether `fused_block` may stand for a convolution, instance norm, max pooling and ReLU.
+
+    It may not where somebody watches the convolution's own output with a hook.
+    """
+    return (
+        type(conv) is MaskedConv3d
+        and conv.padding_mode == "zeros"
+        and conv.backend in ("auto", "cpu")
+        and x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not (conv._forward_hooks or conv._backward_hooks or conv._backward_pre_hooks)
+        and all(isinstance(hook, _masks.MaskHold) for hook in conv._forward_pre_hooks.values())
+        and ops.fuses_on_cpu(x, conv.weight)
+    )
+
+
+def fused_block(conv: nn.Module, x: Tensor) -> Tensor:
+    """Run a `MaskedConv3d` with the norm, pooling and ReLU behind it as one op."""
+    conv = cast(MaskedConv3d, conv)
+    for hold in _masks.module_holds(conv).values():
+        hold(conv)
+    padding = cast("str | tuple[int, int, int]", conv.padding)
+    return ops.conv_norm_pool_relu(
+        x, conv.weight, conv.weight_mask, conv.bias,
+        stride=conv.stride, padding=padding, dilation=conv.dilation, groups=conv.groups,
+    )  # fmt: skip
+
+
 def sparsify(model: ModuleT, masks: Masks | None = None) -> ModuleT:
     """Make a model's convolutions skip pruned weights, and hold its masks from now on.
 

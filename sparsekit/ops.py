@@ -5,17 +5,23 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from sparsekit.arguments import FLOAT_DTYPES, check_convolution, check_voxel_mask
 from sparsekit.errors import ArgumentError, ArgumentTypeError
 from sparsekit.explanation import Explanation, explain
 from sparsekit.kernels import dispatch
-from sparsekit.types import Size3
 
-__all__ = ["PRECISIONS", "Explanation", "explain", "masked_conv3d", "norm_pool_relu", "topk_mask"]
+__all__ = [
+    "PRECISIONS",
+    "Explanation",
+    "conv_norm_pool_relu",
+    "explain",
+    "masked_conv3d",
+    "norm_pool_relu",
+    "topk_mask",
+]
 
 PRECISIONS = ("auto", "ieee", "tf32", "tf32x3", "bf16x3")
-_FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CPU_NEEDS = "other kernels need non-empty float32 input, not traced, compiled or in torch.func"
 _KEY_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -82,55 +88,35 @@ def masked_conv3d(
     >>> masked_conv3d(x, weight, mask).item()
     3.0
     """
-    _check_tensors(x, weight, mask, bias)
     if precision not in PRECISIONS:
         raise ArgumentError(
             f"precision: expected one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}"
         )
+    call = check_convolution(x, weight, mask, bias, stride, padding, dilation, groups)
     if precision != "auto" and x.dtype != torch.float32:
         raise ArgumentError(
             f"precision: {precision!r} is for float32, but x is {x.dtype}; use precision='auto'"
         )
-    if groups < 1 or weight.shape[0] % groups:
-        raise ArgumentError(
-            f"groups: expected a divisor of the {weight.shape[0]} output channels, got {groups}"
-        )
-    unbatched = x.ndim == 4
-    batch = x.unsqueeze(0) if unbatched else x
-    if batch.shape[1] != weight.shape[1] * groups:
-        raise ArgumentError(
-            f"x: expected {weight.shape[1] * groups} channels "
-            f"(weight has {weight.shape[1]} per group, groups = {groups}), got {batch.shape[1]}"
-        )
-    kernel: Size3 = (weight.shape[2], weight.shape[3], weight.shape[4])
-    steps = _triple("stride", stride, least=1)
-    spread = _triple("dilation", dilation, least=1)
-    batch, pad = _resolve_padding(batch, padding, kernel, steps, spread)
-    out_size = tuple(
-        (size + 2 * p - s * (k - 1) - 1) // step + 1
-        for size, p, s, k, step in zip(batch.shape[2:], pad, spread, kernel, steps, strict=True)
-    )
-    if min(out_size) < 1:
-        raise ArgumentError(
-            f"x: a {tuple(batch.shape[2:])} grid with padding {pad} is smaller than the "
-            f"{kernel} kernel with dilation {spread}"
-        )
     if voxel_mask is not None:
-        voxel_mask = _check_voxel_mask(voxel_mask, batch, out_size)
-
-    run = _choose_conv(x, weight, backend)
+        voxel_mask = check_voxel_mask(voxel_mask, call.x, call.out)
+    run = _choose_conv(call.x, weight, backend)
     y: Tensor = run(
-        batch, weight, mask, bias,
-        stride=steps, padding=pad, dilation=spread, groups=groups,
+        call.x, weight, mask, bias,
+        stride=call.stride, padding=call.padding, dilation=call.dilation, groups=groups,
         voxel_mask=voxel_mask, precision=precision,
     )  # fmt: skip
-    return y.squeeze(0) if unbatched else y
+    return y.squeeze(0) if x.ndim == 4 else y
 
 
 def _choose_conv(x: Tensor, weight: Tensor, backend: str) -> Callable[..., Tensor]:
     device_type = x.device.type
     # Meta tensors only carry shapes, which every backend gives alike.
-    choice = dispatch.resolve("masked_conv3d", device_type, "auto" if x.is_meta else backend)
+    choice = dispatch.resolve(
+        "masked_conv3d",
+        device_type,
+        "auto" if x.is_meta else backend,
+        reference_only=_why_only_reference(x, weight) if device_type == "cpu" else "",
+    )
     if not (x.is_meta or torch.compiler.is_compiling()):
         detail = f"{tuple(weight.shape)} {str(x.dtype).removeprefix('torch.')}"
         dispatch.record(choice, device_type, detail)
@@ -138,89 +124,81 @@ def _choose_conv(x: Tensor, weight: Tensor, backend: str) -> Callable[..., Tenso
     return run
 
 
-def _check_tensors(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> None:
-    for name, tensor in (("x", x), ("weight", weight), ("mask", mask)):
-        if not isinstance(tensor, Tensor):
-            raise ArgumentTypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
-    if x.ndim not in (4, 5):
+def conv_norm_pool_relu(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> Tensor:
+    """Masked convolution, instance norm without parameters, 2x2x2 max pooling and ReLU as one op.
+
+    The same function as `masked_conv3d` followed by `norm_pool_relu`, without the maps between
+    them where the kernels can do so.
+
+    Parameters
+    ----------
+    x, weight, mask, bias, stride, padding, dilation, groups
+        As in `masked_conv3d`; `x` (n, c_in, d, h, w), and the convolution's output has at least 2
+        voxels along each axis.
+    eps : float
+        Added to the variance.
+    backend : {"auto", "reference", "cpu"}
+        ``"cpu"`` takes float32. Its gradient cannot be differentiated again.
+
+    Returns
+    -------
+    Tensor, (n, c_out, d_out // 2, h_out // 2, w_out // 2)
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError
+        A shape, value, dtype or device does not fit; the text names the argument.
+    BackendError
+        The named backend cannot run here.
+    """
+    call = check_convolution(x, weight, mask, bias, stride, padding, dilation, groups)
+    if x.ndim != 5 or min(call.out) < 2:
         raise ArgumentError(
-            f"x: expected (n, c, d, h, w) or (c, d, h, w), got shape {tuple(x.shape)}"
+            "x: expected (n, c_in, d, h, w) with at least 2 voxels of the convolution's output "
+            f"along each axis, got shape {tuple(x.shape)} and output {call.out}"
         )
-    if weight.ndim != 5 or 0 in weight.shape:
-        raise ArgumentError(
-            "weight: expected (c_out, c_in / groups, kd, kh, kw) without empty axes, "
-            f"got shape {tuple(weight.shape)}"
-        )
-    if mask.shape != weight.shape:
-        raise ArgumentError(
-            f"mask: expected the weight's shape {tuple(weight.shape)}, got {tuple(mask.shape)}"
-        )
-    if mask.dtype != torch.bool:
-        raise ArgumentTypeError(f"mask: expected dtype bool, got {mask.dtype}; use mask.bool()")
-    if x.dtype not in _FLOAT_DTYPES:
-        raise ArgumentTypeError(f"x: expected a real floating dtype, got {x.dtype}")
-    # Under autocast the convolution itself brings its inputs to one dtype.
-    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise ArgumentTypeError(f"weight: expected the dtype of x, {x.dtype}, got {weight.dtype}")
-    if bias is not None:
-        if bias.shape != weight.shape[:1]:
-            raise ArgumentError(
-                f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}"
-            )
-        if bias.dtype != weight.dtype:
-            raise ArgumentTypeError(
-                f"bias: expected the weight's dtype {weight.dtype}, got {bias.dtype}"
-            )
-    for name, other in (("weight", weight), ("mask", mask), ("bias", bias)):
-        if other is not None and other.device != x.device:
-            raise ArgumentError(
-                f"{name}: expected the device of x, {x.device}, got {other.device}; "
-                f"move it with {name}.to(x.device)"
-            )
+    why = _why_only_reference(x, weight)
+    if not why and torch.compiler.is_compiling():
+        why = "torch.compile sees the single ops"
+    choice = dispatch.resolve("conv_norm_pool_relu", x.device.type, backend, reference_only=why)
+    if not (x.is_meta or torch.compiler.is_compiling()):
+        detail = f"{tuple(weight.shape)} {str(x.dtype).removeprefix('torch.')}"
+        dispatch.record(choice, x.device.type, detail)
+    y: Tensor = choice.implementation.load()(
+        call.x, weight, mask, bias,
+        stride=call.stride, padding=call.padding, dilation=call.dilation, groups=groups, eps=eps,
+    )  # fmt: skip
+    return y
 
 
-def _triple(name: str, value: int | Sequence[int], *, least: int) -> Size3:
-    values = (value, value, value) if isinstance(value, int) else tuple(value)
-    if len(values) != 3 or any(v < least for v in values):
-        raise ArgumentError(f"{name}: expected an int >= {least} or 3 of them, got {value!r}")
-    return values
+def fuses_on_cpu(x: Tensor, weight: Tensor) -> bool:
+    """Whether `conv_norm_pool_relu` has a fused kernel for these tensors."""
+    return not _why_only_reference(x, weight)
 
 
-def _resolve_padding(
-    x: Tensor, padding: int | Sequence[int] | str, kernel: Size3, stride: Size3, dilation: Size3
-) -> tuple[Tensor, Size3]:
-    """Symmetric padding as numbers; what ``"same"`` needs beyond that is added to `x`."""
-    if not isinstance(padding, str):
-        return x, _triple("padding", padding, least=0)
-    if padding == "valid":
-        return x, (0, 0, 0)
-    if padding != "same":
-        raise ArgumentError(f"padding: expected 'same', 'valid' or numbers, got {padding!r}")
-    if stride != (1, 1, 1):
-        raise ArgumentError(f"padding: 'same' needs stride 1, got stride {stride}")
-    total = [s * (k - 1) for s, k in zip(dilation, kernel, strict=True)]
-    if any(t % 2 for t in total):
-        # torch puts the odd voxel at the far end; F.pad counts from the last axis.
-        x = functional.pad(x, [v for t in reversed(total) for v in (0, t % 2)])
-    return x, (total[0] // 2, total[1] // 2, total[2] // 2)
-
-
-def _check_voxel_mask(voxel_mask: Tensor, x: Tensor, out_size: tuple[int, ...]) -> Tensor:
-    if voxel_mask.dtype != torch.bool:
-        raise ArgumentTypeError(f"voxel_mask: expected dtype bool, got {voxel_mask.dtype}")
-    if voxel_mask.device != x.device:
-        raise ArgumentError(
-            f"voxel_mask: expected the device of x, {x.device}, got {voxel_mask.device}"
-        )
-    shape = tuple(voxel_mask.shape)
-    if shape == out_size:
-        return voxel_mask[None, None]
-    if shape not in ((1, 1, *out_size), (x.shape[0], 1, *out_size)):
-        raise ArgumentError(
-            f"voxel_mask: expected the output's grid {out_size}, or (n or 1, 1) before it, "
-            f"got {shape}"
-        )
-    return voxel_mask
+def _why_only_reference(x: Tensor, weight: Tensor) -> str:
+    """Say why the CPU kernels of the convolution cannot take these tensors; empty if they can."""
+    if torch.is_autocast_enabled("cpu"):
+        return "torch.autocast is on, and the CPU kernels compute in float32 only"
+    if x.dtype != torch.float32 or weight.dtype != torch.float32:
+        return f"the CPU kernels are for float32, and x is {str(x.dtype).removeprefix('torch.')}"
+    if x.numel() == 0:
+        return "x is empty"
+    if not (torch.compiler.is_compiling() or dispatch.holds_values(x)):
+        return "the CPU kernels cannot see into traced tensors, torch.func or tensor subclasses"
+    return ""
 
 
 def norm_pool_relu(x: Tensor, *, eps: float = 1e-5, backend: str = "auto") -> Tensor:
@@ -255,7 +233,7 @@ def norm_pool_relu(x: Tensor, *, eps: float = 1e-5, backend: str = "auto") -> Te
     shape = tuple(x.shape)
     if len(shape) != 5 or shape[1] < 1 or min(shape[2:]) < 2:
         raise ArgumentError(f"x: expected (n, c >= 1, d, h, w >= 2 each), got shape {shape}")
-    if x.dtype not in _FLOAT_DTYPES:
+    if x.dtype not in FLOAT_DTYPES:
         raise ArgumentTypeError(f"x: expected a real floating dtype, got {x.dtype}")
     suits_cpu = x.dtype == torch.float32 and shape[0] > 0 and dispatch.holds_values(x)
     choice = dispatch.resolve(

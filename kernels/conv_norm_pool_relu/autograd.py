@@ -1,0 +1,103 @@
+"""Convolution, instance norm, max pooling and ReLU on the CPU as one differentiable function."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sparsekit.kernels.conv_norm_pool_relu import run, single_channel
+from sparsekit.kernels.masked_conv3d import run as conv
+from sparsekit.kernels.masked_conv3d.geometry import Shape
+from sparsekit.kernels.masked_conv3d.plan import PlanCache
+from sparsekit.types import Size3
+
+
+class _ConvNormPoolReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, shape: Shape,
+        eps: float,
+    ) -> Tensor:  # fmt: skip
+        plan = run.plan_of(mask, shape)
+        saved = run.forward(x, weight.contiguous(), _contiguous(bias), plan, eps=eps)
+        ctx.save_for_backward(weight, saved.pooled)
+        # The output is saved the way that lets torch break the cycle; the rest is private.
+        ctx.saved = run.without_output(saved)
+        ctx.plan = plan
+        return saved.pooled
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        weight, pooled = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        dx, dw, db = run.backward(
+            run.with_output(ctx.saved, pooled), grad, weight.contiguous(), ctx.plan, need_x=need_x
+        )
+        return dx, dw if need_weight else None, db if need_bias else None, None, None, None
+
+
+class _SingleChannel(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, eps: float
+    ) -> Tensor:
+        plan = PlanCache.of(mask).get(_SingleChannel, lambda: single_channel.Plan(mask))
+        y, ctx.saved = single_channel.forward(
+            x.contiguous(), weight.contiguous(), plan, _contiguous(bias), eps=eps,
+            threads=torch.get_num_threads(), save=any(ctx.needs_input_grad),
+        )  # fmt: skip
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        _, need_weight, need_bias = ctx.needs_input_grad[:3]
+        dw, db = single_channel.backward(
+            ctx.saved, grad.contiguous(), threads=torch.get_num_threads()
+        )
+        return None, dw if need_weight else None, db if need_bias else None, None, None
+
+
+def _contiguous(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
+
+
+def conv_norm_pool_relu(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    *,
+    stride: Size3,
+    padding: Size3,
+    dilation: Size3,
+    groups: int,
+    eps: float,
+) -> Tensor:
+    """Run the Numba kernels; arguments are those that `sparsekit.ops` checked, float32 on a CPU."""
+    shape = conv.shape_of(x, weight, stride, padding, dilation, groups)
+    needs_no_grad = not (x.requires_grad and torch.is_grad_enabled())
+    y: Tensor
+    if needs_no_grad and is_single_channel(shape):
+        y = _SingleChannel.apply(x, weight, bias, mask, float(eps))  # type: ignore[no-untyped-call]
+    else:
+        y = _ConvNormPoolReLU.apply(x, weight, bias, mask, shape, float(eps))  # type: ignore[no-untyped-call]
+    return y
+
+
+def is_single_channel(shape: Shape) -> bool:
+    """Whether the kernels for one input channel fit."""
+    ones = (1, 1, 1)
+    return (
+        shape.c_in == 1
+        and shape.kernel == (3, 3, 3)
+        and shape.padding == ones
+        and shape.stride == ones
+        and shape.dilation == ones
+    )

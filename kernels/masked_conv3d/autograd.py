@@ -1,0 +1,182 @@
+"""Masked 3D convolution on the CPU as a differentiable function and as a registered operator.
+
+Eager code takes `_MaskedConv3d`; code that torch compiles takes the operator
+``sparsekit::masked_conv3d``, which has a fake implementation and the same kernels.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sparsekit.kernels.masked_conv3d import run, voxels
+from sparsekit.kernels.masked_conv3d.geometry import Shape
+from sparsekit.types import Size3
+
+
+def _forward(
+    x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, shape: Shape,
+    voxel_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the output and the padded input."""
+    plan = run.plan_of(mask, shape)
+    padded = run.pack_source(x.detach(), plan.geometry)
+    active = None
+    if voxel_mask is not None:
+        active = voxels.forward_tiles(voxel_mask, plan.geometry, x.shape[0])
+    y = run.forward(
+        padded,
+        weight.detach().contiguous(),
+        None if bias is None else bias.detach().contiguous(),
+        plan,
+        x.shape[0],
+        active=active,
+    )
+    if voxel_mask is not None:
+        y.masked_fill_(~voxel_mask, 0.0)
+    return y, padded
+
+
+def _backward(
+    grad: Tensor, padded: Tensor, weight: Tensor, mask: Tensor, shape: Shape,
+    voxel_mask: Tensor | None, need_x: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the input (or None), the weight and the bias."""
+    plan = run.plan_of(mask, shape)
+    grad = grad.detach()
+    active = None
+    if voxel_mask is not None:
+        grad = torch.where(voxel_mask, grad, 0.0)
+        active = voxels.backward_tiles(voxel_mask, plan.geometry, grad.shape[0])
+    packed, sums = run.pack_gradient(grad, plan.geometry)
+    found = run.backward(
+        packed, padded, weight.detach().contiguous(), plan, grad.shape[0],
+        need_x=need_x, active=active,
+    )  # fmt: skip
+    return found.x, found.weight, sums.sum(dim=0)
+
+
+class _MaskedConv3d(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, shape: Shape,
+        voxel_mask: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        y, padded = _forward(x, weight, mask, bias, shape, voxel_mask)
+        ctx.save_for_backward(padded, weight, mask, voxel_mask)
+        ctx.shape = shape
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        padded, weight, mask, voxel_mask = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        dx, dw, db = _backward(grad, padded, weight, mask, ctx.shape, voxel_mask, need_x)
+        return dx, dw if need_weight else None, db if need_bias else None, None, None, None
+
+
+def masked_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    *,
+    stride: Size3,
+    padding: Size3,
+    dilation: Size3,
+    groups: int,
+    voxel_mask: Tensor | None,
+    precision: str,
+) -> Tensor:
+    """Run the Numba kernels; arguments are those that `sparsekit.ops` checked, float32 on a CPU."""
+    del precision  # float32 products throughout, more than any mode asks for
+    y: Tensor
+    if torch.compiler.is_compiling():
+        y = torch.ops.sparsekit.masked_conv3d(
+            x, weight, mask, bias, stride, padding, dilation, groups, voxel_mask
+        )
+        return y
+    shape = run.shape_of(x, weight, stride, padding, dilation, groups)
+    y = _MaskedConv3d.apply(x, weight, bias, mask, shape, voxel_mask)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _shape(
+    x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int],
+    groups: int,
+) -> Shape:  # fmt: skip
+    steps, pad, spread = ((v[0], v[1], v[2]) for v in (stride, padding, dilation))
+    return run.shape_of(x, weight, steps, pad, spread, groups)
+
+
+@torch.library.custom_op("sparsekit::masked_conv3d", mutates_args=(), device_types="cpu")
+def masked_conv3d_op(
+    x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, stride: list[int],
+    padding: list[int], dilation: list[int], groups: int, voxel_mask: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Convolve with the unpruned weights; arguments as in `masked_conv3d`."""
+    shape = _shape(x, weight, stride, padding, dilation, groups)
+    return _forward(x, weight, mask, bias, shape, voxel_mask)[0]
+
+
+@masked_conv3d_op.register_fake
+def _(
+    x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, stride: list[int],
+    padding: list[int], dilation: list[int], groups: int, voxel_mask: Tensor | None,
+) -> Tensor:  # fmt: skip
+    del mask, bias, groups, voxel_mask
+    out = [
+        (n + 2 * p - e * (k - 1) - 1) // s + 1
+        for n, p, e, k, s in zip(
+            x.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True
+        )
+    ]
+    return x.new_empty(x.shape[0], weight.shape[0], *out)
+
+
+@torch.library.custom_op("sparsekit::masked_conv3d_backward", mutates_args=(), device_types="cpu")
+def masked_conv3d_backward_op(
+    grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, voxel_mask: Tensor | None,
+    stride: list[int], padding: list[int], dilation: list[int], groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the input, the weight and the bias."""
+    shape = _shape(x, weight, stride, padding, dilation, groups)
+    padded = run.pack_source(x.detach(), run.plan_of(mask, shape).geometry)
+    dx, dw, db = _backward(grad, padded, weight, mask, shape, voxel_mask, need_x=True)
+    assert dx is not None
+    return dx, dw, db
+
+
+@masked_conv3d_backward_op.register_fake
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, voxel_mask: Tensor | None,
+    stride: list[int], padding: list[int], dilation: list[int], groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    del mask, voxel_mask, stride, padding, dilation, groups
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), grad.new_empty(weight.shape[0])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    del output
+    x, weight, mask, _, stride, padding, dilation, groups, voxel_mask = inputs
+    ctx.save_for_backward(x, weight, mask, voxel_mask)
+    ctx.arguments = (stride, padding, dilation, groups)
+
+
+def _op_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, mask, voxel_mask = ctx.saved_tensors
+    dx, dw, db = torch.ops.sparsekit.masked_conv3d_backward(
+        grad, x, weight, mask, voxel_mask, *ctx.arguments
+    )
+    needs = ctx.needs_input_grad
+    return (
+        dx if needs[0] else None, dw if needs[1] else None, None, db if needs[3] else None,
+        None, None, None, None, None,
+    )  # fmt: skip
+
+
+masked_conv3d_op.register_autograd(_op_backward, setup_context=_setup_context)
