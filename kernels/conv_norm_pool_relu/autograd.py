@@ -19,7 +19,7 @@ class _ConvNormPoolReLU(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, shape: Shape,
         eps: float,
     ) -> Tensor:  # fmt: skip
-        plan = conv.plan_of(mask, shape)
+        plan = run.plan_of(mask, shape)
         saved = run.forward(x, weight.contiguous(), _contiguous(bias), plan, eps=eps)
         ctx.save_for_backward(weight, saved.pooled)
         # The output is saved the way that lets torch break the cycle; the rest is private.

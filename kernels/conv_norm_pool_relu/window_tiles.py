@@ -13,7 +13,7 @@ from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 from numba.np import arrayobj
 
-from sparsekit.kernels import vector
+from sparsekit.kernels import vector_ir
 from sparsekit.kernels.vector import LANES, Tile
 
 DOUBLE_LANES = LANES // 2
@@ -158,8 +158,8 @@ def store_window_maxima(
         )
         best = builder.select(odd_wins, odd[0], even[0])
         number = builder.select(odd_wins, builder.or_(odd[1], _everywhere(1)), even[1])
-        best = builder.fsub(best, vector._splat(builder, args[2]))
-        best = builder.fmul(best, vector._splat(builder, args[3]))
+        best = builder.fsub(best, vector_ir.splat(builder, args[2]))
+        best = builder.fmul(best, vector_ir.splat(builder, args[3]))
         zero = ir.Constant(_VECTOR, [0.0] * LANES)
         alive = builder.fcmp_ordered(">", best, zero)
         best = builder.select(alive, best, zero)
@@ -226,9 +226,9 @@ def gradient_at_winners(typing_context: Any, grad_y: Any, winner: Any, count: An
                 here = builder.icmp_signed("==", row_number, _everywhere(2 * i))
                 rows[i].append(builder.select(here, spread, zero))
         tiles = [
-            vector._pack(builder, rows[0] + rows[1]),
-            vector._pack(builder, rows[2] + rows[3]),
-            vector._pack(builder, [total]),
+            vector_ir.pack(builder, rows[0] + rows[1]),
+            vector_ir.pack(builder, rows[2] + rows[3]),
+            vector_ir.pack(builder, [total]),
         ]
         return context.make_tuple(builder, signature.return_type, tiles)
 
@@ -242,16 +242,16 @@ def dot(typing_context: Any, tile: Any, address: Any, row: Any, a: Any, b: Any) 
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         del context, signature
-        where = vector._addresses(builder, args[1], args[2], a_, b_)
+        where = vector_ir.addresses(builder, args[1], args[2], a_, b_)
         total = None
-        for address, value in zip(where, vector._unpack(builder, args[0]), strict=True):
-            read = vector._load(builder, address)
+        for address, value in zip(where, vector_ir.unpack(builder, args[0]), strict=True):
+            read = vector_ir.load(builder, address)
             total = (
                 builder.fmul(read, value)
                 if total is None
-                else vector._fma(builder, read, value, total)
+                else vector_ir.fma(builder, read, value, total)
             )
-        return vector._pack(builder, [total])
+        return vector_ir.pack(builder, [total])
 
     return Tile(1)(tile, types.int64, types.int64, a, b), generate
 
@@ -298,7 +298,7 @@ def add_lag_products(
     singles = ir.VectorType(_F32, DOUBLE_LANES)
 
     def load(builder: Any, address: Any) -> Any:
-        return builder.fpext(vector._load(builder, address, singles), _DOUBLES)
+        return builder.fpext(vector_ir.load(builder, address, singles), _DOUBLES)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         del context, signature
