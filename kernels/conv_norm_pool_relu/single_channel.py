@@ -68,15 +68,17 @@ class Plan:
         # A group's columns: its 2 gradients, then 2 for each of its taps.
         self.own_column = 2 * (group_of + self.group_first[group_of]) + place_of
         self.tap_column = self.slots + 2 * (group_of[channel] + 1)
-        self._offsets: dict[tuple[int, int], Tensor] = {}
+        self._offsets = (0, 0), self.group_taps
 
     def offsets(self, row: int, plane: int) -> Tensor:
         """Bytes from a filter's first voxel to that of each group's taps; row, plane in bytes."""
-        if (row, plane) not in self._offsets:
-            taps = self.group_taps
-            d, h, w = taps // 9, taps // 3 % 3, taps % 3
-            self._offsets = {(row, plane): d * plane + h * row + w * 4}
-        return self._offsets[row, plane]
+        key, found = self._offsets
+        if key != (row, plane):
+            d, h, w = self.group_taps // 9, self.group_taps // 3 % 3, self.group_taps % 3
+            found = d * plane + h * row + w * 4
+            # In one assignment: other threads may use this plan for other grids.
+            self._offsets = (row, plane), found
+        return found
 
     def group_weights(self, weights: Tensor) -> Tensor:
         """Unpruned weights in the order of the groups' taps, (group taps, 2)."""
