@@ -122,7 +122,6 @@ def store_window_maxima(
     upper: Any,
     lower: Any,
     mean: Any,
-    mean_rest: Any,
     rstd: Any,
     y: Any,
     winner: Any,
@@ -131,7 +130,7 @@ def store_window_maxima(
     """Pool, normalise and cut off below 0; store ``count`` results, at most one vector.
 
     ``upper`` and ``lower`` are tiles of 2 x 2 vectors: two rows of a plane and of the next one. The
-    result is ``max(0, (maximum - mean - mean_rest) * rstd)``. The winner's number (0 to 7 in C
+    result is ``max(0, (maximum - mean) * rstd)``. The winner's number (0 to 7 in C
     order, plus `DEAD` where the result is 0) is stored as a byte for every lane unless ``winner``
     is 0.
     """
@@ -159,28 +158,27 @@ def store_window_maxima(
         )
         best = builder.select(odd_wins, odd[0], even[0])
         number = builder.select(odd_wins, builder.or_(odd[1], _everywhere(1)), even[1])
-        splat = [vector_ir.splat(builder, args[i]) for i in (2, 3, 4)]
-        best = builder.fsub(builder.fsub(best, splat[0]), splat[1])
-        best = builder.fmul(best, splat[2])
+        best = builder.fsub(best, vector_ir.splat(builder, args[2]))
+        best = builder.fmul(best, vector_ir.splat(builder, args[3]))
         zero = ir.Constant(_VECTOR, [0.0] * LANES)
         alive = builder.fcmp_ordered(">", best, zero)
         best = builder.select(alive, best, zero)
-        address = builder.inttoptr(args[5], _VECTOR.as_pointer())
-        mask = _first_lanes(builder, args[7])
+        address = builder.inttoptr(args[4], _VECTOR.as_pointer())
+        mask = _first_lanes(builder, args[6])
         _call(
             builder,
             f"llvm.masked.store.v{LANES}f32.p0",
             ir.VoidType(),
             [best, address, _I32(4), mask],
         )
-        with builder.if_then(builder.icmp_signed("!=", args[6], _I64(0))):
+        with builder.if_then(builder.icmp_signed("!=", args[5], _I64(0))):
             number = builder.select(alive, number, builder.or_(number, _everywhere(DEAD)))
-            place = builder.inttoptr(args[6], _BYTES.as_pointer())
+            place = builder.inttoptr(args[5], _BYTES.as_pointer())
             builder.store(builder.trunc(number, _BYTES), place).align = 1
         return context.get_dummy_value()
 
     f32, i64 = types.float32, types.int64
-    return types.void(upper, lower, f32, f32, f32, i64, i64, i64), generate
+    return types.void(upper, lower, f32, f32, i64, i64, i64), generate
 
 
 def _maximum_of_rows(builder: Any, rows: list[Any]) -> tuple[Any, Any]:
