@@ -8,7 +8,13 @@ from torch import Tensor
 from sparsekit.kernels import buffers, parallel
 from sparsekit.kernels.compiled import Kernel
 from sparsekit.kernels.masked_conv3d import cpu, grouped, layout
-from sparsekit.kernels.masked_conv3d.geometry import Geometry, Grid, Shape, geometry
+from sparsekit.kernels.masked_conv3d.geometry import (
+    CHANNELS_AT_ONCE,
+    Geometry,
+    Grid,
+    Shape,
+    geometry,
+)
 from sparsekit.kernels.masked_conv3d.plan import Plan, PlanCache, build
 from sparsekit.kernels.vector import LANES, REGISTERS, VECTOR_BYTES
 from sparsekit.types import Size3
@@ -152,7 +158,7 @@ def _takes_grouped(plan: Plan, active: Tensor | None) -> bool:
         and active is None
         and layout_.shape.groups == 1
         and layout_.classes == (1, 1, 1)
-        and layout_.shape.c_out >= grouped.CHANNELS_AT_ONCE
+        and layout_.shape.c_out >= CHANNELS_AT_ONCE
         and REGISTERS >= 32
     )
 
@@ -233,9 +239,9 @@ def _forward_grouped(
     layout_, shape = plan.geometry, plan.geometry.shape
     tiling, source, target = layout_.grouped, layout_.source, layout_.target
     out_d, out_h, out_w = shape.out
-    rows = -(-shape.c_out // grouped.CHANNELS_AT_ONCE)
+    rows = -(-shape.c_out // CHANNELS_AT_ONCE)
     columns = weight[0].numel()
-    packed = buffers.empty((rows * grouped.CHANNELS_AT_ONCE * columns,))
+    packed = buffers.empty((rows * CHANNELS_AT_ONCE * columns,))
     parallel.run(
         grouped.pack_weights.address,
         grouped.pack_weights.job(
@@ -244,7 +250,7 @@ def _forward_grouped(
         ),
         threads,
     )  # fmt: skip
-    start = np.zeros(rows * grouped.CHANNELS_AT_ONCE, np.float32)
+    start = np.zeros(rows * CHANNELS_AT_ONCE, np.float32)
     if bias is not None:
         start[: shape.c_out] = bias.numpy()
     taps = np.array(layout_.source_taps, np.int32)
@@ -255,7 +261,7 @@ def _forward_grouped(
     # Small maps have few tiles: as many parts as there can be.
     tile_parts = min(tiling.tiles, -(-8 * threads // samples))
     tile_bytes = tiling.rows * tiling.columns * VECTOR_BYTES
-    scratch_part = 2 * grouped.CHANNELS_AT_ONCE * tile_bytes + 4 * VECTOR_BYTES
+    scratch_part = 2 * CHANNELS_AT_ONCE * tile_bytes + 4 * VECTOR_BYTES
     scratch = buffers.empty((tile_parts * samples * scratch_part // 4,))
     kernel = grouped.forward(tiling.rows, tiling.columns)
     job = kernel.job(
