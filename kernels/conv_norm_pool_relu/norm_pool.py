@@ -6,6 +6,8 @@ straight into the padded planes that its backward kernel reads.
 `sparsekit.kernels.masked_conv3d.geometry` has the layout, kernels/norm_pool_relu/README.md the
 formulas.
 """
+# numba.carray is documented, but not in the form that type checkers ask for.
+# pyright: reportPrivateImportUsage=false
 
 from typing import Any
 
