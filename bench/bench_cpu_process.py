@@ -24,7 +24,11 @@ def test_memory(benchmark: BenchmarkFixture, sparsity: float) -> None:
         runs[side].append(probe.run(side, sparsity, MEMORY_STEPS))
 
     benchmark.pedantic(  # type: ignore[no-untyped-call]
-        child, args=("ours",), setup=lambda: child("stock"), rounds=1 if is_quick() else 3, iterations=1
+        child,
+        args=("ours",),
+        setup=lambda: child("stock"),
+        rounds=1 if is_quick() else 3,
+        iterations=1,
     )
     benchmark.extra_info["row"] = {
         "what": "memory of a step",

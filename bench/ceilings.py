@@ -1,9 +1,9 @@
 """What limits the kernels on this machine: memory's stream, and loads from the first cache.
 
-A masked convolution adds one weight times one vector of input to a register tile. Each product needs
-one vector from an address that is not a multiple of the vector's size, so that, out of the first
-cache, the number of such loads per second bounds it: `loads` runs the same instructions as the
-kernels, over random places in 24 KiB.
+A masked convolution adds one weight times one vector of input to a register tile. Each product
+needs one vector from an address that is not a multiple of the vector's size, so that, out of the
+first cache, the number of such loads per second bounds it: `loads` runs the same instructions as
+the kernels, over random places in 24 KiB.
 """
 
 from collections.abc import Callable
@@ -125,7 +125,7 @@ def stream_case() -> Case:
     source = torch.ones(STREAM_BYTES // 4)
     target = torch.empty_like(source)
     labels = {"what": "ceiling: memory"}
-    # A write to memory reads the line first, unless the copy goes past the caches: as torch does it.
+    # What a write reads first, where the copy does not go past the caches, is not counted.
     notes = {"bytes": {"copy": 2 * STREAM_BYTES, "read": STREAM_BYTES}}
     return Case(labels, {"copy": lambda: target.copy_(source), "read": source.sum}, notes)
 

@@ -1,8 +1,8 @@
 """Timing several sides of one comparison in turns, so that a drifting machine drifts for all.
 
-A round runs every side once; the ratio of two sides is taken within each round, and its median and
-quartiles over the rounds are reported. Quick calls are repeated within a sample, which is then their
-mean. Garbage is not collected during a sample.
+A round runs every side once; the ratio of two sides is taken within each round, and its median
+and quartiles over the rounds are reported. Quick calls are repeated within a sample, which is then
+their mean. Garbage is not collected during a sample.
 """
 
 import gc

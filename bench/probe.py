@@ -1,5 +1,6 @@
 """What a fresh process needs for its first steps: time and memory, measured in child processes."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def measure(side: str, sparsity: float, steps: int, folder: Path | None) -> dict
 
 
 def _differences(times: list[float]) -> list[float]:
-    return [round(b - a, 5) for a, b in zip(times, times[1:], strict=False)]
+    return [round(b - a, 5) for a, b in itertools.pairwise(times)]
 
 
 def resident_bytes(field: str) -> int:
@@ -98,9 +99,7 @@ def run(side: str, sparsity: float, steps: int, folder: Path | None = None) -> d
     return found
 
 
-def main(
-    imports: list[float], side: str, sparsity: str, steps: str, folder: str = ""
-) -> None:
+def main(imports: list[float], side: str, sparsity: str, steps: str, folder: str = "") -> None:
     """Print what `measure` finds as one line of JSON: the child's part of `run`.
 
     `imports` are the times before and after torch was imported, and after sparsekit was.

@@ -1,8 +1,8 @@
 """What bounds a masked convolution on the measured machine, and how near each layer comes.
 
 A product needs one vector load, or half of one in the backward pass, and there are at most so many
-loads a second out of the first cache. A layer moves at least its input and output through memory, at
-most at the rate of a stream, unless they stay in the last cache.
+loads a second out of the first cache. A layer moves at least its input and output through memory,
+at most at the rate of a stream, unless they stay in the last cache.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,9 +1,9 @@
 """Selecting the weights to keep, beside what else selects: NumPy, torch.topk, torch's own pruning.
 
-All sides get the same values, made outside the timed call, and give masks; ``read`` is one sum over
-the weights, below which nothing can select. What NumPy and torch.topk need first, all weights in one
-array, is not counted. torch's pruning replaces parameters of modules: fresh ones are made for every
-call, and what that takes is part of its time (a copy of the weights).
+All sides get the same values, made outside the timed call, and give masks; ``read`` is one sum
+over the weights, below which nothing can select. What NumPy and torch.topk need first, all weights
+in one array, is not counted. torch's pruning replaces parameters of modules: fresh ones are made
+for every call, and what that takes is part of its time (a copy of the weights).
 """
 
 from typing import Any
