@@ -53,7 +53,7 @@ def plan_of(mask: Tensor, shape: Shape) -> Plan:
                 (layout_.gradient, layout_.backward),
             )
         ]
-        return build(mask.contiguous(), layout_, sizes[0], sizes[1])
+        return build(cache.mask, layout_, sizes[0], sizes[1])
 
     plan: Plan = cache.get(shape, make)
     return plan

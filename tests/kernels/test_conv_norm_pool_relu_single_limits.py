@@ -33,9 +33,7 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor | None, Saved | SavedInputs]:
     y, saved = single_channel.forward(x, weight, Plan(mask), bias, eps=EPS, threads=2)
     assert saved is not None
-    grad, grad_bias = single_channel.backward(
-        saved, grad_y, threads=2, need_bias=bias is not None
-    )
+    grad, grad_bias = single_channel.backward(saved, grad_y, threads=2, need_bias=bias is not None)
     return y, grad, grad_bias, saved
 
 
