@@ -55,6 +55,7 @@ class Kernel:
         assert names[0] == "next"
         assert job_dtype[0] == np.dtype(np.int64)
         self.job_dtype = job_dtype
+        self._names = frozenset(names)
         self.__doc__ = function.__doc__
         self.__name__ = function.__name__
         self._function = function
@@ -82,10 +83,9 @@ class Kernel:
 
     def job(self, **fields: Any) -> Job:
         """Return a new record with these fields; the others are 0."""
-        record = np.zeros((), self.job_dtype)
-        for name, value in fields.items():
-            record[name] = value
-        return record
+        assert fields.keys() <= self._names
+        values = tuple(fields.get(name, 0) for name in self.job_dtype.names or ())
+        return np.array(values, self.job_dtype)
 
     def _compile(self) -> Any:
         import numba

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from sparsekit.errors import ArgumentError, BackendError
+from sparsekit.kernels.bitmap import reference as bitmap_reference
 from sparsekit.kernels.conv_norm_pool_relu import reference as conv_norm_pool_relu_reference
 from sparsekit.kernels.masked_conv3d import reference as conv_reference
 from sparsekit.kernels.norm_pool_relu import reference as norm_pool_relu_reference
@@ -84,6 +85,15 @@ _CONV_NORM_POOL_RELU_REFERENCE = Implementation(
     "reference", lambda: conv_norm_pool_relu_reference.conv_norm_pool_relu, follows_mask=False
 )
 
+
+def _load_topk_cpu() -> Callable[..., Any]:
+    from sparsekit.kernels.topk_mask import cpu
+
+    return cpu.topk_mask
+
+
+_TOPK_CPU = Implementation("cpu", _load_topk_cpu, follows_mask=False)
+
 _NORM_POOL_RELU_REFERENCE = Implementation(
     "reference", lambda: norm_pool_relu_reference.norm_pool_relu, follows_mask=False
 )
@@ -109,6 +119,26 @@ _ZERO_PRUNED_REFERENCE = Implementation(
     "reference", lambda: zero_pruned_reference.zero_pruned, follows_mask=False
 )
 
+
+def _bitmap(function: str) -> tuple[Implementation, Implementation]:
+    """Rows of one of the functions on masks as bits, which take NumPy arrays."""
+
+    def load_cpu() -> Callable[..., Any]:
+        from sparsekit.kernels.bitmap import cpu
+
+        loaded: Callable[..., Any] = getattr(cpu, function)
+        return loaded
+
+    def load_reference() -> Callable[..., Any]:
+        loaded: Callable[..., Any] = getattr(bitmap_reference, function)
+        return loaded
+
+    return (
+        Implementation("cpu", load_cpu, follows_mask=False),
+        Implementation("reference", load_reference, follows_mask=False),
+    )
+
+
 # (op, device type) -> implementations, best first. Devices that are not listed take ANY_DEVICE.
 ANY_DEVICE = "any"
 TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {
@@ -116,11 +146,17 @@ TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {
     ("masked_conv3d", ANY_DEVICE): (_CONV_REFERENCE,),
     ("conv_norm_pool_relu", "cpu"): (_CONV_NORM_POOL_RELU_CPU, _CONV_NORM_POOL_RELU_REFERENCE),
     ("conv_norm_pool_relu", ANY_DEVICE): (_CONV_NORM_POOL_RELU_REFERENCE,),
+    ("topk_mask", "cpu"): (_TOPK_CPU, _TOPK_REFERENCE),
     ("topk_mask", ANY_DEVICE): (_TOPK_REFERENCE,),
     ("zero_pruned", "cpu"): (_ZERO_PRUNED_CPU, _ZERO_PRUNED_REFERENCE),
     ("zero_pruned", ANY_DEVICE): (_ZERO_PRUNED_REFERENCE,),
     ("norm_pool_relu", "cpu"): (_NORM_POOL_RELU_CPU, _NORM_POOL_RELU_REFERENCE),
     ("norm_pool_relu", ANY_DEVICE): (_NORM_POOL_RELU_REFERENCE,),
+    ("bitmap_pack", ANY_DEVICE): _bitmap("pack"),
+    ("bitmap_unpack", ANY_DEVICE): _bitmap("unpack"),
+    ("bitmap_count", ANY_DEVICE): _bitmap("count"),
+    ("bitmap_compact", ANY_DEVICE): _bitmap("compact"),
+    ("bitmap_expand", ANY_DEVICE): _bitmap("expand"),
 }
 
 

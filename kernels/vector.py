@@ -12,31 +12,50 @@ The vector width is that of the machine (512, 256 or 128 bits), as is the number
 
 from typing import Any
 
-import llvmlite.binding as llvm
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
+from sparsekit.kernels.vector_ir import (
+    F32,
+    I8,
+    I32,
+    I64,
+    LANES,
+    REGISTERS,
+    VECTOR,
+    VECTOR_BYTES,
+    addresses,
+    fma,
+    load,
+    masked_store,
+    pack,
+    pointer,
+    shuffle,
+    splat,
+    splat_int,
+    unpack,
+)
 
-def _lanes_and_registers() -> tuple[int, int]:
-    features = llvm.get_host_cpu_features()
-    if features.get("avx512f"):
-        return 16, 32
-    if features.get("avx"):
-        return 8, 16
-    # 128 bits: SSE2 has 16 registers, NEON 32; the smaller number fits both.
-    return 4, 16
-
-
-LANES, REGISTERS = _lanes_and_registers()
-"""Float32 numbers in a vector, and vectors that registers can hold."""
-VECTOR_BYTES = 4 * LANES
-
-_F32 = ir.FloatType()
-_VECTOR = ir.VectorType(_F32, LANES)
-_I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
-_UNDEFINED = ir.Constant(_VECTOR, ir.Undefined)
+__all__ = [
+    "LANES",
+    "REGISTERS",
+    "VECTOR_BYTES",
+    "Tile",
+    "add_lane_sums",
+    "add_product",
+    "add_product_and_dot",
+    "any_bits_outside",
+    "copy_first",
+    "copy_vector",
+    "filled",
+    "load_tile",
+    "prefetch",
+    "store_tile",
+    "stream_tile",
+    "stream_vector",
+]
 
 
 class Tile(types.Type):
@@ -50,53 +69,7 @@ class Tile(types.Type):
 @register_model(Tile)
 class _TileModel(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: Tile) -> None:
-        super().__init__(dmm, fe_type, ir.ArrayType(_VECTOR, fe_type.count))  # type: ignore[no-untyped-call]
-
-
-def _pointer(builder: Any, address: Any, kind: Any = _VECTOR) -> Any:
-    return builder.inttoptr(address, kind.as_pointer())
-
-
-def _load(builder: Any, address: Any, kind: Any = _VECTOR) -> Any:
-    value = builder.load(_pointer(builder, address, kind))
-    value.align = 4
-    return value
-
-
-def _fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
-    kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
-    name = f"llvm.fma.v{LANES}f32"
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [x, y, z])
-
-
-def _splat(builder: Any, scalar: Any) -> Any:
-    first = builder.insert_element(_UNDEFINED, scalar, _I32(0))
-    zeros = ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
-    return builder.shuffle_vector(first, _UNDEFINED, zeros)
-
-
-def _shuffle(builder: Any, x: Any, y: Any, lanes: list[int]) -> Any:
-    return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
-
-
-def _addresses(builder: Any, first: Any, row: Any, a: int, b: int) -> list[Any]:
-    found = []
-    start = first
-    for i in range(a):
-        start = builder.add(start, row) if i else start
-        found += [builder.add(start, _I64(j * VECTOR_BYTES)) for j in range(b)]
-    return found
-
-
-def _pack(builder: Any, vectors: list[Any]) -> Any:
-    tile = ir.Constant(ir.ArrayType(_VECTOR, len(vectors)), ir.Undefined)
-    for i, vector in enumerate(vectors):
-        tile = builder.insert_value(tile, vector, i)
-    return tile
-
-
-def _unpack(builder: Any, tile: Any) -> list[Any]:
-    return [builder.extract_value(tile, i) for i in range(tile.type.count)]
+        super().__init__(dmm, fe_type, ir.ArrayType(VECTOR, fe_type.count))  # type: ignore[no-untyped-call]
 
 
 @intrinsic(prefer_literal=True)
@@ -106,7 +79,7 @@ def filled(typing_context: Any, count: Any, scalar: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         del context, signature
-        return _pack(builder, [_splat(builder, args[1])] * kind.count)
+        return pack(builder, [splat(builder, args[1])] * kind.count)
 
     return kind(count, types.float32), generate
 
@@ -118,8 +91,8 @@ def load_tile(typing_context: Any, address: Any, row: Any, a: Any, b: Any) -> An
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         del context, signature
-        where = _addresses(builder, args[0], args[1], a_, b_)
-        return _pack(builder, [_load(builder, address) for address in where])
+        where = addresses(builder, args[0], args[1], a_, b_)
+        return pack(builder, [load(builder, address) for address in where])
 
     return Tile(a_ * b_)(types.int64, types.int64, a, b), generate
 
@@ -131,9 +104,9 @@ def store_tile(typing_context: Any, tile: Any, address: Any, row: Any, a: Any, b
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         del signature
-        where = _addresses(builder, args[1], args[2], a_, b_)
-        for address, vector in zip(where, _unpack(builder, args[0]), strict=True):
-            builder.store(vector, _pointer(builder, address)).align = 4
+        where = addresses(builder, args[1], args[2], a_, b_)
+        for address, vector in zip(where, unpack(builder, args[0]), strict=True):
+            builder.store(vector, pointer(builder, address)).align = 4
         return context.get_dummy_value()
 
     return types.void(tile, types.int64, types.int64, a, b), generate
@@ -149,11 +122,11 @@ def stream_tile(typing_context: Any, tile: Any, address: Any, row: Any, a: Any, 
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         del signature
-        where = _addresses(builder, args[1], args[2], a_, b_)
-        for address, vector in zip(where, _unpack(builder, args[0]), strict=True):
-            store = builder.store(vector, _pointer(builder, address))
+        where = addresses(builder, args[1], args[2], a_, b_)
+        for address, vector in zip(where, unpack(builder, args[0]), strict=True):
+            store = builder.store(vector, pointer(builder, address))
             store.align = VECTOR_BYTES
-            store.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
+            store.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
         return context.get_dummy_value()
 
     return types.void(tile, types.int64, types.int64, a, b), generate
@@ -168,13 +141,13 @@ def add_product(
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         del context, signature
-        factor = _splat(builder, args[1])
-        where = _addresses(builder, args[2], args[3], a_, b_)
-        sums = _unpack(builder, args[0])
-        return _pack(
+        factor = splat(builder, args[1])
+        where = addresses(builder, args[2], args[3], a_, b_)
+        sums = unpack(builder, args[0])
+        return pack(
             builder,
             [
-                _fma(builder, _load(builder, address), factor, total)
+                fma(builder, load(builder, address), factor, total)
                 for address, total in zip(where, sums, strict=True)
             ],
         )
@@ -203,18 +176,18 @@ def add_product_and_dot(
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         del signature
-        factor = _splat(builder, args[2])
-        sums, others = _unpack(builder, args[0]), _unpack(builder, args[1])
+        factor = splat(builder, args[2])
+        sums, others = unpack(builder, args[0]), unpack(builder, args[1])
         dot = None
-        for i, address in enumerate(_addresses(builder, args[3], args[4], a_, b_)):
-            value = _load(builder, address)
-            sums[i] = _fma(builder, value, factor, sums[i])
+        for i, address in enumerate(addresses(builder, args[3], args[4], a_, b_)):
+            value = load(builder, address)
+            sums[i] = fma(builder, value, factor, sums[i])
             dot = (
                 builder.fmul(value, others[i])
                 if dot is None
-                else _fma(builder, value, others[i], dot)
+                else fma(builder, value, others[i], dot)
             )
-        return context.make_tuple(builder, result, [_pack(builder, sums), _pack(builder, [dot])])
+        return context.make_tuple(builder, result, [pack(builder, sums), pack(builder, [dot])])
 
     return result(tile, other, types.float32, types.int64, types.int64, a, b), generate
 
@@ -231,7 +204,7 @@ def add_lane_sums(typing_context: Any, source: Any, target: Any, count: Any) -> 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         del signature
         vectors = [
-            _load(builder, builder.add(args[0], _I64(i * VECTOR_BYTES))) for i in range(count_)
+            load(builder, builder.add(args[0], I64(i * VECTOR_BYTES))) for i in range(count_)
         ]
         run = 1
         while len(vectors) > 1:
@@ -243,11 +216,11 @@ def add_lane_sums(typing_context: Any, source: Any, target: Any, count: Any) -> 
             width //= 2
             low, high = list(range(width)), list(range(width, 2 * width))
             total = builder.fadd(
-                _shuffle(builder, total, total, low), _shuffle(builder, total, total, high)
+                shuffle(builder, total, total, low), shuffle(builder, total, total, high)
             )
-        kind = ir.VectorType(_F32, count_)
-        updated = builder.fadd(_load(builder, args[1], kind), total)
-        builder.store(updated, _pointer(builder, args[1], kind)).align = 4
+        kind = ir.VectorType(F32, count_)
+        updated = builder.fadd(load(builder, args[1], kind), total)
+        builder.store(updated, pointer(builder, args[1], kind)).align = 4
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, count), generate
@@ -260,7 +233,7 @@ def _add_halves(builder: Any, x: Any, y: Any, run: int) -> Any:
         first, second = range(start, start + run), range(start + run, start + 2 * run)
         low += [*first, *(LANES + i for i in first)]
         high += [*second, *(LANES + i for i in second)]
-    return builder.fadd(_shuffle(builder, x, y, low), _shuffle(builder, x, y, high))
+    return builder.fadd(shuffle(builder, x, y, low), shuffle(builder, x, y, high))
 
 
 @intrinsic(prefer_literal=True)
@@ -270,120 +243,15 @@ def prefetch(typing_context: Any, address: Any, lines: Any, write: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         del signature
-        pointer = _I8.as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
+        pointer = I8.as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
         for i in range(lines_):
-            line = builder.inttoptr(builder.add(args[0], _I64(64 * i)), pointer)
-            builder.call(function, [line, _I32(write_), _I32(2), _I32(1)])
+            line = builder.inttoptr(builder.add(args[0], I64(64 * i)), pointer)
+            builder.call(function, [line, I32(write_), I32(2), I32(1)])
         return context.get_dummy_value()
 
     return types.void(types.int64, lines, write), generate
-
-
-@intrinsic(prefer_literal=True)
-def pool_windows(
-    typing_context: Any,
-    first: Any,
-    row: Any,
-    plane: Any,
-    columns: Any,
-    pivot: Any,
-    target: Any,
-    winner: Any,
-    sums: Any,
-) -> Any:
-    """Take window maxima of the next 2 * `LANES` columns of two rows in two planes.
-
-    Parameters (int64 addresses and bytes but for ``pivot``, float32)
-    ----------
-    first
-        First column of the upper row in the upper plane; whole vectors are read from it on.
-    row, plane
-        Bytes to the lower row and to the lower plane.
-    columns
-        Columns that count, at least 1; others are read and left out.
-    pivot
-        Subtracted before sums are taken.
-    target, winner
-        Where ``columns // 2`` maxima go (float32), and the numbers of the voxels that they came
-        from (uint8, 0 to 7 in C order; of equal values the first).
-    sums
-        Two vectors in memory: sums of all values less the pivot, and of their squares, are added.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        del signature
-        first_, row_, plane_, columns_, pivot_, target_, winner_, sums_ = args
-        integers = ir.VectorType(_I32, LANES)
-        count = builder.trunc(columns_, _I32)
-        tops, places = [], []
-        total = _load(builder, sums_)
-        squares = _load(builder, builder.add(sums_, _I64(VECTOR_BYTES)))
-        center = _splat(builder, pivot_)
-        zero = ir.Constant(_VECTOR, [0.0] * LANES)
-        for half in range(2):
-            start = builder.add(first_, _I64(half * VECTOR_BYTES))
-            lower = builder.add(start, plane_)
-            values = [
-                _load(builder, address)
-                for address in (start, builder.add(start, row_), lower, builder.add(lower, row_))
-            ]
-            top = values[0]
-            place = ir.Constant(integers, [0] * LANES)
-            for number, value in zip((2, 4, 6), values[1:], strict=True):
-                larger = builder.fcmp_ordered(">", value, top)
-                place = builder.select(larger, ir.Constant(integers, [number] * LANES), place)
-                top = builder.select(larger, value, top)
-            tops.append(top)
-            places.append(place)
-            lanes = ir.Constant(integers, [half * LANES + i for i in range(LANES)])
-            inside = builder.icmp_signed("<", lanes, _splat_int(builder, count))
-            for value in values:
-                moved = builder.select(inside, builder.fsub(value, center), zero)
-                total = builder.fadd(total, moved)
-                squares = _fma(builder, moved, moved, squares)
-        builder.store(total, _pointer(builder, sums_)).align = 4
-        builder.store(squares, _pointer(builder, builder.add(sums_, _I64(VECTOR_BYTES)))).align = 4
-        even, odd = list(range(0, 2 * LANES, 2)), list(range(1, 2 * LANES, 2))
-        left, right = (_shuffle(builder, *tops, lanes) for lanes in (even, odd))
-        left_at, right_at = (_shuffle(builder, *places, lanes) for lanes in (even, odd))
-        right_at = builder.add(right_at, ir.Constant(integers, [1] * LANES))
-        equal_and_before = builder.and_(
-            builder.fcmp_ordered("==", right, left), builder.icmp_signed("<", right_at, left_at)
-        )
-        take_right = builder.or_(builder.fcmp_ordered(">", right, left), equal_and_before)
-        value = builder.select(take_right, right, left)
-        place = builder.trunc(
-            builder.select(take_right, right_at, left_at), ir.VectorType(_I8, LANES)
-        )
-        lanes = ir.Constant(integers, list(range(LANES)))
-        pooled = _splat_int(builder, builder.ashr(count, _I32(1)))
-        inside = builder.icmp_signed("<", lanes, pooled)
-        _masked_store(builder, value, target_, inside, f"v{LANES}f32")
-        _masked_store(builder, place, winner_, inside, f"v{LANES}i8")
-        return context.get_dummy_value()
-
-    return (
-        types.void(*[types.int64] * 4, types.float32, *[types.int64] * 3),
-        generate,
-    )
-
-
-def _splat_int(builder: Any, scalar: Any) -> Any:
-    undefined = ir.Constant(ir.VectorType(_I32, LANES), ir.Undefined)
-    first = builder.insert_element(undefined, scalar, _I32(0))
-    zeros = ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
-    return builder.shuffle_vector(first, undefined, zeros)
-
-
-def _masked_store(builder: Any, value: Any, address: Any, inside: Any, kind: str) -> None:
-    pointer = _pointer(builder, address, value.type)
-    signature = ir.FunctionType(ir.VoidType(), [value.type, pointer.type, _I32, inside.type])
-    function = cgutils.get_or_insert_function(
-        builder.module, signature, f"llvm.masked.store.{kind}.p0"
-    )
-    builder.call(function, [value, pointer, _I32(1), inside])
 
 
 @intrinsic(prefer_literal=True)
@@ -392,9 +260,9 @@ def stream_vector(typing_context: Any, target: Any, source: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         del signature
-        store = builder.store(_load(builder, args[1]), _pointer(builder, args[0]))
+        store = builder.store(load(builder, args[1]), pointer(builder, args[0]))
         store.align = VECTOR_BYTES
-        store.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
+        store.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate
@@ -406,7 +274,7 @@ def copy_vector(typing_context: Any, target: Any, source: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         del signature
-        builder.store(_load(builder, args[1]), _pointer(builder, args[0])).align = 4
+        builder.store(load(builder, args[1]), pointer(builder, args[0])).align = 4
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate
@@ -418,9 +286,9 @@ def copy_first(typing_context: Any, target: Any, source: Any, count: Any) -> Any
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         del signature
-        lanes = ir.Constant(ir.VectorType(_I32, LANES), list(range(LANES)))
-        inside = builder.icmp_signed("<", lanes, _splat_int(builder, builder.trunc(args[2], _I32)))
-        _masked_store(builder, _load(builder, args[1]), args[0], inside, f"v{LANES}f32")
+        lanes = ir.Constant(ir.VectorType(I32, LANES), list(range(LANES)))
+        inside = builder.icmp_signed("<", lanes, splat_int(builder, builder.trunc(args[2], I32)))
+        masked_store(builder, load(builder, args[1]), args[0], inside, f"v{LANES}f32")
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), generate
@@ -436,19 +304,19 @@ def any_bits_outside(typing_context: Any, values: Any, mask: Any, vectors: Any) 
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         del context, signature
-        integers, octets = ir.VectorType(_I32, LANES), ir.VectorType(_I8, LANES)
+        integers, octets = ir.VectorType(I32, LANES), ir.VectorType(I8, LANES)
         none = ir.Constant(integers, [0] * LANES)
         found = none
         for i in range(vectors_):
-            bits = _load(builder, builder.add(args[0], _I64(i * VECTOR_BYTES)), integers)
-            place = _pointer(builder, builder.add(args[1], _I64(i * LANES)), octets)
+            bits = load(builder, builder.add(args[0], I64(i * VECTOR_BYTES)), integers)
+            place = pointer(builder, builder.add(args[1], I64(i * LANES)), octets)
             keep = builder.load(place)
             keep.align = 1
             pruned = builder.icmp_unsigned("==", keep, ir.Constant(octets, [0] * LANES))
             found = builder.or_(found, builder.select(pruned, bits, none))
-        kind = ir.FunctionType(_I32, [integers])
+        kind = ir.FunctionType(I32, [integers])
         name = f"llvm.vector.reduce.or.v{LANES}i32"
         total = builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [found])
-        return builder.zext(builder.icmp_unsigned("!=", total, _I32(0)), _I64)
+        return builder.zext(builder.icmp_unsigned("!=", total, I32(0)), I64)
 
     return types.int64(types.int64, types.int64, vectors), generate

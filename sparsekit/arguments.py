@@ -138,6 +138,7 @@ def _resolve_padding(
 
 
 def check_voxel_mask(voxel_mask: Tensor, x: Tensor, out_size: tuple[int, ...]) -> Tensor:
+    """Bring a mask of output voxels to (n or 1, 1, d, h, w), or raise."""
     if voxel_mask.dtype != torch.bool:
         raise ArgumentTypeError(f"voxel_mask: expected dtype bool, got {voxel_mask.dtype}")
     if voxel_mask.device != x.device:

@@ -28,8 +28,9 @@ TOLERANCES: dict[tuple[str, torch.dtype, str], float] = {
     ("norm_pool_relu", torch.float32, "forward"): 6e-7,  # 1.5e-7
     ("norm_pool_relu", torch.float32, "input"): 9e-7,  # 2.2e-7
     # test_conv_norm_pool_relu_single.py; the gradient for the op's own winners.
-    ("conv_norm_pool_relu_single", torch.float32, "forward"): 1e-6,
-    ("conv_norm_pool_relu_single", torch.float32, "weight"): 1e-6,
+    ("conv_norm_pool_relu_single", torch.float32, "forward"): 1e-6,  # 2.5e-7
+    # The worst is an output of one window, whose gradient is a difference of almost equal terms.
+    ("conv_norm_pool_relu_single", torch.float32, "weight"): 6.4e-6,  # 1.6e-6
     # Weights of a whole network; the same network of torch.nn layers in float32 is off by 3.8e-6.
     ("norm_pool_relu", torch.float32, "network"): 1.8e-5,  # 4.4e-6
 }

@@ -20,7 +20,7 @@ class _ConvNormPoolReLU(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, shape: Shape,
         eps: float,
     ) -> Tensor:  # fmt: skip
-        plan = conv.plan_of(mask, shape)
+        plan = run.plan_of(mask, shape)
         saved = run.forward(x, weight.contiguous(), _contiguous(bias), plan, eps=eps)
         # All of it through torch, which frees it after the backward pass and lets checkpoints in.
         ctx.save_for_backward(

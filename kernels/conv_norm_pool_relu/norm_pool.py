@@ -13,17 +13,17 @@ import numba
 import numpy as np
 
 from sparsekit.kernels.compiled import kernel
+from sparsekit.kernels.conv_norm_pool_relu.windows import pool_windows, unpool_windows
 from sparsekit.kernels.masked_conv3d.record import record
 from sparsekit.kernels.memory import (
     clear_bytes,
     copy_bytes,
     floats,
     load_float,
-    octets,
     store_float,
 )
 from sparsekit.kernels.parallel import take
-from sparsekit.kernels.vector import LANES, VECTOR_BYTES, pool_windows, stream_vector
+from sparsekit.kernels.vector import LANES, VECTOR_BYTES
 
 # Only in sums may the compiler reorder, to use vector registers. None of these flags assumes
 # finite numbers, so NaN and infinity go through as in torch.
@@ -143,125 +143,141 @@ def make_forward(eps: float) -> Any:
     return norm_pool_relu_forward
 
 
-BACKWARD = record(
-    "x", "y", "winner", "statistics", "grad", "g", "bias_grad", "scratch", "scratch_part",
-    "channels", "samples", "depth", "height", "width", "pitch", "plane", "channel", "sample",
-    "g_plane", "g_channel", "g_sample", "g_interior", "stream",
-)  # fmt: skip
-
-
 @numba.njit(fastmath=_SUMS)
 def _gradient_sums(y, grad, count):  # pragma: no cover - compiled
     """Sums of the gradient behind the ReLU and of its product with y, in runs of float32."""
     total = 0.0
     product = 0.0
-    begin = 0
-    while begin < count:
-        end = min(count, begin + 256)
+    while count > 0:
+        run = min(count, 1024)
+        # Arrays of their own: the compiler knows then that no index is negative.
+        values = numba.carray(floats(y), run)
+        grads = numba.carray(floats(grad), run)
         run_total = np.float32(0.0)
         run_product = np.float32(0.0)
-        for i in range(begin, end):
-            value = y[i]
-            g = np.float32(0.0) if value <= 0 else grad[i]
+        for i in range(run):
+            g = np.float32(0.0) if values[i] <= 0 else grads[i]
             run_total += g
-            run_product += g * value
+            run_product += g * values[i]
         total += run_total
         product += run_product
-        begin = end
+        y += 4 * run
+        grad += 4 * run
+        count -= run
     return total, product
 
 
-@numba.njit
-def _move(target, source, count, stream):  # pragma: no cover - compiled
-    """Copy whole vectors, past the caches if ``stream`` is not 0."""
-    if stream == 0:
-        copy_bytes(target, source, count)
-        return
-    end = target + count
-    while target < end:
-        stream_vector(target, source)
-        target += VECTOR_BYTES
-        source += VECTOR_BYTES
+SLOPES = record("y", "grad", "statistics", "slopes", "bias_grad", "pooled", "voxels")
 
 
-@numba.njit
-def _clear(target, count, zeros, plane, stream):  # pragma: no cover - compiled
-    """Clear whole vectors, from a plane of zeros if ``stream`` is not 0."""
-    if stream == 0:
-        clear_bytes(target, count)
-        return
-    while count > 0:
-        here = min(count, plane)
-        _move(target, zeros, here, stream)
-        target += here
-        count -= here
+@kernel(SLOPES, fastmath=_REST)
+def slopes(job: Any) -> None:  # pragma: no cover - compiled
+    """Per channel, the gradient of the norm as a line: slope and offset, and the bias's gradient.
+
+    The gradient is ``slope * (x - mean) + offset``, and more at the windows' winners.
+    """
+    pooled = job.pooled
+    part = take(job)
+    while part < job.parts:
+        rstd = load_float(job.statistics + 12 * part + 8)
+        place = 4 * part * pooled
+        total, product = _gradient_sums(job.y + place, job.grad + place, pooled)
+        slope = np.float32(-rstd * rstd * (product / job.voxels))
+        offset = np.float32(-rstd * (total / job.voxels))
+        store_float(job.slopes + 8 * part, slope)
+        store_float(job.slopes + 8 * part + 4, offset)
+        # The mean takes the bias out: its gradient is 0, or NaN with the rest of the channel.
+        store_float(job.bias_grad + 4 * part, (offset + slope) * np.float32(0.0))
+        part = take(job)
+
+
+@numba.njit(fastmath=_REST)
+def _line(source, target, width, high, low, slope, offset):  # pragma: no cover - compiled
+    x = numba.carray(floats(source), width)
+    y = numba.carray(floats(target), width)
+    for w in range(width):
+        y[w] = slope * ((x[w] - high) - low) + offset
+
+
+BACKWARD = record(
+    "x", "y", "winner", "statistics", "slopes", "grad", "g", "scratch", "scratch_part",
+    "channels", "first", "last", "begin", "end", "at", "carried", "carried_from", "clear_to",
+    "depth", "height", "width", "pitch", "plane", "channel", "sample",
+    "g_plane", "g_channel", "g_sample", "g_inner",
+)  # fmt: skip
 
 
 @kernel(BACKWARD, fastmath=_REST)
 def backward(job: Any) -> None:  # pragma: no cover - compiled
-    """Fill the padded gradient of the convolution's output, zeros around it included.
+    """Fill planes of the padded gradient of the convolution's output, for samples first..last.
 
-    Two planes at a time are made in scratch memory, which stays in a cache, and then moved.
+    Each channel first keeps ``carried`` planes from ``carried_from`` on, at its start, then clears
+    what lies before plane ``at``, writes the gradients of planes begin..end from there on, and
+    clears the rest up to ``clear_to``. Two planes at a time are made in scratch memory.
     """
-    depth, height, width = job.depth, job.height, job.width
-    pitch, plane, g_plane, stream = job.pitch, job.plane, job.g_plane, job.stream
-    half_d, half_h, half_w = depth // 2, height // 2, width // 2
-    pooled = half_d * half_h * half_w
-    count = depth * height * width
-    # The interior of a channel begins whole planes, and some rows and columns, behind its start.
-    lead = job.g_interior // g_plane * g_plane
-    inner = job.g_interior - lead
+    height, width = job.height, job.width
+    pitch, plane, g_plane = job.pitch, job.plane, job.g_plane
+    half_h, half_w = height // 2, width // 2
+    pooled = job.depth // 2 * half_h * half_w
+    inner = job.g_inner
+    count = (job.last - job.first) * job.channels
     part = take(job)
     while part < job.parts:
         scratch = job.scratch + part * job.scratch_part
-        zeros = scratch + 2 * g_plane
-        clear_bytes(scratch, 3 * g_plane)
-        for n in range(
-            job.samples * job.channels * part // job.parts,
-            job.samples * job.channels * (part + 1) // job.parts,
-        ):
-            sample, c = n // job.channels, n % job.channels
+        clear_bytes(scratch, 2 * g_plane)
+        for k in range(count * part // job.parts, count * (part + 1) // job.parts):
+            sample, c = job.first + k // job.channels, k % job.channels
+            n = sample * job.channels + c
             x = job.x + sample * job.sample + c * job.channel
-            place = job.g + sample * job.g_sample + c * job.g_channel
-            end = place + job.g_channel
-            if c == job.channels - 1:
-                end = job.g + (sample + 1) * job.g_sample
-            y = numba.carray(floats(job.y + 4 * n * pooled), pooled)
-            grad = numba.carray(floats(job.grad + 4 * n * pooled), pooled)
-            winner = numba.carray(octets(job.winner + n * pooled), pooled)
+            start = job.g + (sample - job.first) * job.g_sample + c * job.g_channel
+            window = n * pooled + job.begin // 2 * half_h * half_w
+            pooled_place = job.y + 4 * window
+            winner_place = job.winner + window
+            grad_place = job.grad + 4 * window
             high = load_float(job.statistics + 12 * n)
             low = load_float(job.statistics + 12 * n + 4)
             rstd = load_float(job.statistics + 12 * n + 8)
-            total, product = _gradient_sums(y, grad, pooled)
-            slope = np.float32(-rstd * rstd * (product / count))
-            offset = np.float32(-rstd * (total / count))
-            # The mean takes the bias out: its gradient is 0, or NaN with the rest of the channel.
-            store_float(job.bias_grad + 4 * n, (offset + slope) * np.float32(0.0))
-            _clear(place, lead, zeros, g_plane, stream)
-            place += lead
-            i = 0
-            for d in range(0, depth, 2):
-                planes = min(2, depth - d)
-                for k in range(planes):
-                    for h in range(height):
-                        source = numba.carray(floats(x + (d + k) * plane + h * pitch), width)
-                        target = numba.carray(
-                            floats(scratch + k * g_plane + inner + h * pitch), width
-                        )
-                        for w in range(width):
-                            target[w] = slope * ((source[w] - high) - low) + offset
+            slope = load_float(job.slopes + 8 * n)
+            offset = load_float(job.slopes + 8 * n + 4)
+            if job.carried > 0:
+                # Not more planes than lie between: the two ranges do not overlap.
+                copy_bytes(start, start + job.carried_from * g_plane, job.carried * g_plane)
+            clear_bytes(start + job.carried * g_plane, (job.at - job.carried) * g_plane)
+            place = start + job.at * g_plane
+            for d in range(job.begin, job.end, 2):
+                planes = min(2, job.end - d)
+                source = x + d * plane
                 if planes == 2:
                     for h in range(half_h):
-                        for w in range(half_w):
-                            if not (y[i + w] <= 0):
-                                k = np.int64(winner[i + w])
-                                at = (
-                                    scratch + inner + (k >> 2) * g_plane
-                                    + (2 * h + ((k >> 1) & 1)) * pitch + 4 * (2 * w + (k & 1))
-                                )  # fmt: skip
-                                store_float(at, load_float(at) + rstd * grad[i + w])
-                        i += half_w
-                _move(place, scratch, planes * g_plane, stream)
+                        left = width
+                        here = source + 2 * h * pitch
+                        there = scratch + inner + 2 * h * pitch
+                        while left > 0:
+                            unpool_windows(
+                                here, pitch, plane, there, g_plane, left,
+                                pooled_place, winner_place, grad_place,
+                                high, low, slope, offset, rstd,
+                            )  # fmt: skip
+                            windows = min(left // 2, LANES)
+                            pooled_place += 4 * windows
+                            winner_place += windows
+                            grad_place += 4 * windows
+                            here += 2 * VECTOR_BYTES
+                            there += 2 * VECTOR_BYTES
+                            left -= 2 * LANES
+                for z in range(planes):
+                    # Rows in no window.
+                    begin_h = 2 * half_h if planes == 2 else 0
+                    for h in range(begin_h, height):
+                        _line(
+                            source + z * plane + h * pitch,
+                            scratch + z * g_plane + inner + h * pitch,
+                            width, high, low, slope, offset,
+                        )  # fmt: skip
+                copy_bytes(place, scratch, planes * g_plane)
                 place += planes * g_plane
-            _clear(place, end - place, zeros, g_plane, stream)
+            end = start + job.clear_to * g_plane
+            if c == job.channels - 1:
+                end = job.g + (sample - job.first + 1) * job.g_sample
+            clear_bytes(place, end - place)
         part = take(job)

@@ -1,5 +1,6 @@
 """Driver of the fused block on the CPU: from tensors to jobs and back. float32 only."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -10,12 +11,13 @@ from sparsekit.kernels import buffers, parallel
 from sparsekit.kernels.compiled import Kernel
 from sparsekit.kernels.conv_norm_pool_relu import norm_pool
 from sparsekit.kernels.masked_conv3d import run as conv
+from sparsekit.kernels.masked_conv3d.geometry import Geometry, Shape
 from sparsekit.kernels.masked_conv3d.plan import Plan
 from sparsekit.kernels.vector import LANES
 
 _BYTES_PER_THREAD = 1 << 18
-# Results larger than this do not stay in a cache until they are read.
-_STREAM_BYTES = 16 << 20
+# Padded gradient in memory at a time: it should stay in the last cache until it is read.
+_GRADIENT_BYTES = 8 << 20
 
 
 @cache
@@ -48,7 +50,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, *, eps: 
     planes = conv.forward(padded, weight, bias, plan, samples, dense=False)
     d, h, w = layout_.shape.out
     pooled = buffers.empty((samples, channels, d // 2, h // 2, w // 2))
-    winner = torch.empty(pooled.shape, dtype=torch.uint8, device="cpu")
+    # Readers of the last window take a whole vector.
+    winner = torch.empty(pooled.numel() + LANES, dtype=torch.uint8, device="cpu")
     statistics = buffers.empty((samples * channels, 3))
     scratch = buffers.empty((samples * channels * 2 * LANES,))
     target = layout_.target
@@ -63,6 +66,11 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, *, eps: 
     return Saved(padded, planes, pooled, winner, statistics)
 
 
+def plan_of(mask: Tensor, shape: Shape) -> Plan:
+    """Plan of a mask whose gradient goes through a cache a few planes at a time."""
+    return conv.plan_of(mask, shape, _GRADIENT_BYTES)
+
+
 def backward(
     saved: Saved, grad: Tensor, weight: Tensor, plan: Plan, *, need_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -71,21 +79,88 @@ def backward(
     grid, target = layout_.gradient, layout_.target
     samples, channels = grad.shape[:2]
     d, h, w = layout_.shape.out
-    g = buffers.empty((samples * grid.sample,))
-    bias_grad = buffers.empty((samples, channels))
     grad = grad.contiguous()
-    threads = parallel.thread_count(4 * g.numel(), _BYTES_PER_THREAD)
-    parts = min(samples * channels, 2 * threads)
-    scratch = buffers.empty((parts * 3 * grid.plane,))
-    job = norm_pool.backward.job(
-        parts=parts, scratch=scratch.data_ptr(), scratch_part=12 * grid.plane, samples=samples,
-        stream=int(4 * g.numel() > _STREAM_BYTES), x=saved.planes.data_ptr(), y=saved.pooled.data_ptr(),
-        winner=saved.winner.data_ptr(), statistics=saved.statistics.data_ptr(),
-        grad=grad.data_ptr(), g=g.data_ptr(), bias_grad=bias_grad.data_ptr(), channels=channels,
-        depth=d, height=h, width=w, pitch=4 * layout_.pitch, plane=4 * target.plane,
-        channel=4 * target.channel, sample=4 * target.sample, g_plane=4 * grid.plane,
-        g_channel=4 * grid.channel, g_sample=4 * grid.sample, g_interior=4 * grid.interior,
+    assert saved.pooled is not None
+    slopes = buffers.empty((samples * channels, 2))
+    bias_grad = buffers.empty((samples, channels))
+    threads = parallel.thread_count(4 * saved.planes.numel(), _BYTES_PER_THREAD)
+    parallel.run(
+        norm_pool.slopes.address,
+        norm_pool.slopes.job(
+            parts=samples * channels, y=saved.pooled.data_ptr(), grad=grad.data_ptr(),
+            statistics=saved.statistics.data_ptr(), slopes=slopes.data_ptr(),
+            bias_grad=bias_grad.data_ptr(), pooled=(d // 2) * (h // 2) * (w // 2),
+            voxels=d * h * w,
+        ),
+        threads,
     )  # fmt: skip
-    parallel.run(norm_pool.backward.address, job, threads)
-    found = conv.backward(g, saved.padded, weight, plan, samples, need_x=need_x)
-    return found.x, found.weight, bias_grad.sum(dim=0)
+    at_once = 1 if layout_.resident else samples
+    g = buffers.empty((at_once * grid.sample,))
+    parts = min(at_once * channels, 2 * threads)
+    scratch = buffers.empty((parts * 2 * grid.plane,))
+    lead = grid.interior // grid.plane
+    job = norm_pool.backward.job(
+        parts=parts, scratch=scratch.data_ptr(), scratch_part=8 * grid.plane,
+        x=saved.planes.data_ptr(), y=saved.pooled.data_ptr(), winner=saved.winner.data_ptr(),
+        statistics=saved.statistics.data_ptr(), slopes=slopes.data_ptr(), grad=grad.data_ptr(),
+        g=g.data_ptr(), channels=channels, depth=d, height=h, width=w, pitch=4 * layout_.pitch,
+        plane=4 * target.plane, channel=4 * target.channel, sample=4 * target.sample,
+        g_plane=4 * grid.plane, g_channel=4 * grid.channel, g_sample=4 * grid.sample,
+        g_inner=4 * (grid.interior - lead * grid.plane),
+    )  # fmt: skip
+    work = conv.BackwardPass(saved.padded, weight, plan, samples, need_x=need_x)
+    for step in _steps(layout_, samples):
+        for name, value in step.fields.items():
+            job[name] = value
+        parallel.run(norm_pool.backward.address, job, threads)
+        work.run(g, step.sample, at_once, step.begin, step.end)
+    work.finish()
+    return work.x, work.weight, bias_grad.sum(dim=0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One range of planes of the backward pass."""
+
+    fields: dict[str, int]
+    """Of the job that fills the padded gradient."""
+    sample: int
+    begin: int
+    end: int
+    """Planes of the input whose gradient can be computed then."""
+
+
+def _steps(layout_: Geometry, samples: int) -> Iterator[_Step]:
+    depth = layout_.shape.out[0]
+    lead = layout_.gradient.interior // layout_.gradient.plane
+    planes = layout_.gradient.channel // layout_.gradient.plane
+    if not layout_.resident:
+        fields = {
+            "first": 0, "last": samples, "begin": 0, "end": depth, "at": lead, "clear_to": planes
+        }  # fmt: skip
+        yield _Step(fields, 0, 0, layout_.backward.planes)
+        return
+    size, reach = layout_.shape.size[0], layout_.reach
+    for sample in range(samples):
+        # Padded planes are numbered from the start of the lead; `origin` is the first in memory.
+        done = filled = origin = carried = carried_from = 0
+        at = lead
+        while done < size:
+            room = planes - at
+            count = min(depth - filled, room - room % 2)
+            after = at + count
+            filled += count
+            if filled == depth:
+                # Zeros follow, as many as fit.
+                after = planes
+            fields = {
+                "first": sample, "last": sample + 1, "begin": filled - count, "end": filled,
+                "at": at, "carried": carried, "carried_from": carried_from,
+                # The zeros that end a plane's last row are the first of the next plane.
+                "clear_to": min(planes, after + 1),
+            }  # fmt: skip
+            ready = min(size, origin + after - reach)
+            yield _Step(fields, sample, done, ready)
+            done = ready
+            carried_from, carried = done - origin, after - (done - origin)
+            origin, at = done, carried

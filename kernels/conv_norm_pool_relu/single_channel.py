@@ -1,8 +1,8 @@
 """Convolution, instance norm, max pooling and ReLU of one input channel that needs no gradient.
 
-Nothing of the full resolution is stored: the norm's statistics follow from the input and the filters
-(`single_channel_gram`), the rest happens in registers (`single_channel_windows`). README.md has the
-formulas, and when a call takes torch's layers instead.
+Nothing of the full resolution is stored: the norm's statistics follow from the input and the
+filters (`single_channel_gram`), the rest happens in registers (`single_channel_windows`). README.md
+has the formulas, and when a call takes torch's layers instead.
 """
 
 from dataclasses import dataclass
@@ -11,18 +11,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsekit.kernels import parallel
+from sparsekit.kernels import buffers, parallel
 from sparsekit.kernels.conv_norm_pool_relu import single_channel_gram as statistics
 from sparsekit.kernels.conv_norm_pool_relu import single_channel_windows as windows
-from sparsekit.kernels.vector import LANES
+from sparsekit.kernels.vector import LANES, REGISTERS
 from sparsekit.types import Size3
 
 # Input of a band of output rows, 4 planes of it: well inside a second-level cache.
 _BAND_BYTES = 98304
+# Two channels together are faster if their taps are at most this share of what both have.
+_UNION_PAYS = 0.85
 
 
 class Plan:
     """What the kernels need to know of a mask; build it again when the mask changes.
+
+    Channels come in groups of one or two. Two that share taps are computed together: each voxel is
+    then loaded once for both, and a tap that only one of them has counts as a zero weight of the
+    other.
 
     Parameters
     ----------
@@ -36,24 +42,80 @@ class Plan:
         flat = self.mask.reshape(self.channels, 27)
         channel, self.taps = (part.contiguous() for part in flat.nonzero(as_tuple=True))
         self.positions = channel * 27 + self.taps
-        self.first = torch.zeros(self.channels + 1, dtype=torch.int64, device=mask.device)
-        torch.cumsum(flat.sum(1), 0, out=self.first[1:])
+        self.first = _starts(flat.sum(1))
         # Products of voxels that no filter holds together need not be summed.
         planes = flat.view(self.channels, 3, 9).any(2)
         neighbours = bool((planes[:, :2] & planes[:, 1:]).any())
         ends = bool((planes[:, 0] & planes[:, 2]).any())
         self.lag_planes = 1 | neighbours << 1 | ends << 2
+
+        groups = _groups(flat)
+        self.groups = len(groups)
+        self.members = torch.tensor(groups, dtype=torch.int64)
+        one, two = self.members.unbind(1)
+        both = flat[one] | (flat[two] & (two >= 0).unsqueeze(1))
+        self.group_first = _starts(both.sum(1))
+        self.group_taps = both.nonzero()[:, 1].contiguous()
+        # Where each group has each of its taps, and each channel its group.
+        entry = (both.flatten().cumsum(0) - 1).view(-1, 27)
+        group_of = torch.empty(self.channels, dtype=torch.int64)
+        place_of = torch.zeros(self.channels, dtype=torch.int64)
+        group_of[one] = torch.arange(self.groups)
+        pairs = two >= 0
+        group_of[two[pairs]] = torch.arange(self.groups)[pairs]
+        place_of[two[pairs]] = 1
+        self.slots = 2 * entry[group_of[channel], self.taps] + place_of[channel]
+        # A group's columns: its 2 gradients, then 2 for each of its taps.
+        self.own_column = 2 * (group_of + self.group_first[group_of]) + place_of
+        self.tap_column = self.slots + 2 * (group_of[channel] + 1)
         self._offsets: dict[tuple[int, int], Tensor] = {}
 
     def offsets(self, row: int, plane: int) -> Tensor:
-        """Bytes from a filter's first voxel to that of each tap; row and plane in bytes."""
+        """Bytes from a filter's first voxel to that of each group's taps; row, plane in bytes."""
         found = self._offsets.get((row, plane))
         if found is None:
-            d, h, w = self.taps // 9, self.taps // 3 % 3, self.taps % 3
+            taps = self.group_taps
+            d, h, w = taps // 9, taps // 3 % 3, taps % 3
             found = d * plane + h * row + w * 4
             # Other threads may replace it meanwhile.
             self._offsets = {(row, plane): found}
         return found
+
+    def group_weights(self, weights: Tensor) -> Tensor:
+        """Unpruned weights in the order of the groups' taps, (group taps, 2)."""
+        found = weights.new_zeros(self.group_taps.numel(), 2)
+        found.view(-1)[self.slots] = weights
+        return found
+
+
+def _starts(counts: Tensor) -> Tensor:
+    starts = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=counts.device)
+    torch.cumsum(counts, 0, out=starts[1:])
+    return starts
+
+
+def _groups(flat: Tensor) -> list[tuple[int, int]]:
+    """Pair each channel with the one that shares most taps with it, if that pays."""
+    shared = (flat.float() @ flat.float().T).fill_diagonal_(0.0)
+    counts = flat.sum(1).tolist()
+    free = torch.ones(len(counts), device=flat.device)
+    groups = []
+    # Those with many taps choose first.
+    for channel in sorted(range(len(counts)), key=lambda c: -counts[c]):
+        if not free[channel]:
+            continue
+        free[channel] = 0.0
+        candidates = shared[channel] * free
+        partner = int(candidates.argmax())
+        union = counts[channel] + counts[partner] - float(candidates[partner])
+        # Two channels' registers fit only where there are 32.
+        pays = REGISTERS >= 32 and union <= _UNION_PAYS * (counts[channel] + counts[partner])
+        if counts[channel] and float(candidates[partner]) > 0.0 and pays:
+            free[partner] = 0.0
+            groups.append((min(channel, partner), max(channel, partner)))
+        else:
+            groups.append((channel, -1))
+    return sorted(groups)
 
 
 @dataclass(frozen=True)
@@ -124,7 +186,7 @@ def forward(
     plane = (height + 2) * pitch
     # Tiles read up to two vectors and two voxels past the end.
     lead, slack = LANES, 4 * LANES
-    padded = x.new_empty(lead + n * (depth + 2) * plane + slack)
+    padded = buffers.empty((lead + n * (depth + 2) * plane + slack,))
     sides = x.new_empty(n, 2, depth, height)
     sums = x.new_empty(n, depth + statistics.FACES, statistics.SUMS, dtype=torch.float64)
     gram = x.new_empty(n, 27, 27, dtype=torch.float64)
@@ -154,19 +216,20 @@ def forward(
             y = _torch_layers(inputs, inputs.weight, inputs.bias).to(x.dtype)
         return y, inputs if save else None
 
-    y = x.new_empty(n, channels, depth // 2, height // 2, width // 2)
-    # Winners are stored by whole vectors.
+    y = buffers.empty((n, channels, depth // 2, height // 2, width // 2))
+    # Bytes, stored by whole vectors.
     winner_pitch = -(-(width // 2) // LANES) * LANES
-    winners = x.new_empty(
-        n * channels * (depth // 2) * (height // 2) * winner_pitch if save else 0,
-        dtype=torch.uint8,
-    )
+    winner_bytes = n * channels * (depth // 2) * (height // 2) * winner_pitch if save else 0
+    winners = buffers.empty((winner_bytes // 4,)).view(torch.uint8)
     offsets = plan.offsets(4 * pitch, 4 * plane)
+    group_weights = plan.group_weights(weights)
     job = windows.forward.job(
         n=n, channels=channels, depth=depth, height=height, width=width, pitch=pitch, lead=lead,
         winner_pitch=winner_pitch, band=_band(pitch), padded=padded.data_ptr(),
-        first=plan.first.data_ptr(), offsets=offsets.data_ptr(), weights=weights.data_ptr(),
         moments=moments.data_ptr(), y=y.data_ptr(), winners=winners.data_ptr() if save else 0,
+        groups=plan.groups, members=plan.members.data_ptr(),
+        group_first=plan.group_first.data_ptr(), offsets=offsets.data_ptr(),
+        group_weights=group_weights.data_ptr(),
     )  # fmt: skip
     parallel.run(windows.forward.address, job, threads)
     if not save:
@@ -202,15 +265,18 @@ def backward(
     depth, height, width = saved.grid
     n, channels = saved.samples, plan.channels
     pitch = -(-(width + 2) // LANES) * LANES
-    sums = grad_y.new_empty(n * (depth // 2), channels + plan.taps.numel(), dtype=torch.float64)
+    columns = 2 * (plan.groups + plan.group_taps.numel())
+    sums = grad_y.new_empty(n * (depth // 2), columns, dtype=torch.float64)
     grad_weight = grad_y.new_zeros(plan.mask.shape)
     job = windows.sum_gradients.job(
         n=n, channels=channels, depth=depth, height=height, width=width, pitch=pitch, lead=LANES,
         winner_pitch=-(-(width // 2) // LANES) * LANES, band=_band(pitch),
-        padded=saved.padded.data_ptr(), first=plan.first.data_ptr(),
-        offsets=saved.offsets.data_ptr(), weights=saved.weights.data_ptr(),
-        moments=saved.moments.data_ptr(), y=grad_y.data_ptr(), winners=saved.winners.data_ptr(),
-        sums=sums.data_ptr(), taps=plan.taps.data_ptr(), gram=saved.gram.data_ptr(),
+        padded=saved.padded.data_ptr(), moments=saved.moments.data_ptr(), y=grad_y.data_ptr(),
+        winners=saved.winners.data_ptr(), groups=plan.groups, members=plan.members.data_ptr(),
+        group_first=plan.group_first.data_ptr(), offsets=saved.offsets.data_ptr(),
+        sums=sums.data_ptr(), first=plan.first.data_ptr(), taps=plan.taps.data_ptr(),
+        weights=saved.weights.data_ptr(), own_column=plan.own_column.data_ptr(),
+        tap_column=plan.tap_column.data_ptr(), gram=saved.gram.data_ptr(),
         boxes=saved.boxes.data_ptr(), grad_weight=grad_weight.data_ptr(),
     )  # fmt: skip
     parallel.run(windows.sum_gradients.address, job, threads)

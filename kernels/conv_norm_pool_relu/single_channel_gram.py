@@ -1,10 +1,12 @@
 """Mean and variance of a 3x3x3 convolution of one channel, without computing it.
 
-Three kernels, run one after another: copy the input into a padded buffer; sum what all filters share
-(products of voxels by their distance, and the faces, which the border makes special); put the sums
-together into the Gram matrix of the 27 shifted inputs and take each channel's moments from it.
-README.md has the formulas. The kernels are serial over numbered parts (`sparsekit.kernels.parallel`).
+Three kernels, run one after another: copy the input into a padded buffer; sum what all filters
+share (products of voxels by their distance, and the faces, which the border makes special); put the
+sums together into the Gram matrix of the 27 shifted inputs and take each channel's moments from it.
+README.md has the formulas. Kernels are serial over numbered parts (`sparsekit.kernels.parallel`).
 """
+# The type checkers count the typing context among an intrinsic's arguments.
+# pyright: reportCallIssue=false
 
 import numba
 import numpy as np

@@ -4,6 +4,8 @@ Runs after `single_channel_gram`, which knows each channel's mean and spread bef
 number of the full resolution is ever stored. Kernels are serial over numbered parts
 (`sparsekit.kernels.parallel`); a part is the slab of two planes that one plane of the output pools.
 """
+# The type checkers count the typing context among an intrinsic's arguments.
+# pyright: reportCallIssue=false
 
 import numba
 import numpy as np
@@ -12,15 +14,22 @@ from sparsekit.kernels.compiled import kernel
 from sparsekit.kernels.conv_norm_pool_relu.window_tiles import (
     add_to_memory,
     dot,
-    gradient_at_winners,
     float32_at,
     float64_at,
+    gradient_at_winners,
     int64_at,
     stack_bytes,
     store_window_maxima,
 )
 from sparsekit.kernels.parallel import take
-from sparsekit.kernels.vector import LANES, VECTOR_BYTES, add_lane_sums, add_product, filled, prefetch
+from sparsekit.kernels.vector import (
+    LANES,
+    VECTOR_BYTES,
+    add_lane_sums,
+    add_product,
+    filled,
+    prefetch,
+)
 
 _FIELDS = {
     "n": np.int64,
@@ -34,22 +43,30 @@ _FIELDS = {
     "band": np.int64,  # rows of the output that a thread works on at a time
     # Addresses.
     "padded": np.uintp,  # float32, see single_channel_gram
-    "first": np.uintp,  # int64 (channels + 1): where a channel's taps begin
-    "offsets": np.uintp,  # int64 (taps): bytes from the first tap's voxel to this one's
-    "weights": np.uintp,  # float32 (taps)
     "moments": np.uintp,  # float64 (n, channels, 2): mean, 1 / spread
     "y": np.uintp,  # float32 (n, channels, depth // 2, height // 2, width // 2), or its gradient
     "winners": np.uintp,  # bytes (n, channels, depth // 2, height // 2, winner_pitch), or 0
-    "sums": np.uintp,  # float64 (n * (depth // 2), channels + taps)
+    # Groups of channels, see single_channel.Plan.
+    "groups": np.int64,
+    "members": np.uintp,  # int64 (groups, 2): channels; the second may be -1
+    "group_first": np.uintp,  # int64 (groups + 1): where a group's taps begin
+    "offsets": np.uintp,  # int64 (group taps): bytes from the first tap's voxel to this one's
+    "group_weights": np.uintp,  # float32 (group taps, 2)
+    "sums": np.uintp,  # float64 (n * (depth // 2), groups + group taps, 2)
+    # Channels one by one, for the last kernel.
+    "first": np.uintp,  # int64 (channels + 1): where a channel's taps begin
     "taps": np.uintp,  # int64 (taps): their positions, 0 to 26 in C order
+    "weights": np.uintp,  # float32 (taps)
+    "own_column": np.uintp,  # int64 (channels): where a part's sums hold that of the gradient
+    "tap_column": np.uintp,  # int64 (taps): where they hold that of gradient times voxel
     "gram": np.uintp,  # float64 (n, 27, 27)
     "boxes": np.uintp,  # float64 (n, 27)
     "grad_weight": np.uintp,  # float32 (channels, 27), zeros
 }
 JOB = np.dtype([("next", np.int64), *_FIELDS.items()], align=True)
 
-# Vectors for the gradient's own sum and 27 taps, in whole groups for `add_lane_sums`.
-_SUM_VECTORS = -(-28 // LANES) * LANES
+# Vectors for 2 channels' gradients and their 27 taps, in whole groups for `add_lane_sums`.
+_SUM_VECTORS = -(-2 * 28 // LANES) * LANES
 _SUM_BYTES = _SUM_VECTORS * VECTOR_BYTES
 _LANE_SUM_BYTES = _SUM_VECTORS * 4
 _GATHERED = 28 * 8
@@ -58,17 +75,17 @@ _GATHERED = 28 * 8
 @kernel(JOB, fastmath={"contract"})
 def forward(job):  # pragma: no cover - compiled
     """Fill y and the winners."""
-    n, channels, pitch, band = job.n, job.channels, job.pitch, job.band
+    n, channels, groups, pitch, band = job.n, job.channels, job.groups, job.pitch, job.band
     depth, height, width = job.depth // 2, job.height // 2, job.width // 2
     plane = (job.height + 2) * pitch * 4
     row = pitch * 4
     sample_bytes = (job.depth + 2) * plane
     origin = np.int64(job.padded) + (job.lead - 1) * 4
     y, winners, winner_pitch = np.int64(job.y), np.int64(job.winners), job.winner_pitch
-    first = int64_at(job.first)
-    offsets = int64_at(job.offsets)
-    weights = float32_at(job.weights)
+    members, first = int64_at(job.members), int64_at(job.group_first)
+    offsets_at, weights_at = np.int64(job.offsets), np.int64(job.group_weights)
     moments = float64_at(job.moments)
+    channel_rows = depth * height
     parts = n * depth
     part = take(job)
     while part < parts:
@@ -77,63 +94,104 @@ def forward(job):  # pragma: no cover - compiled
         for b in range((height + band - 1) // band):
             band_start = b * band
             band_end = band_start + band if band_start + band < height else height
-            for c in range(channels):
-                out = ((sample * channels + c) * depth + d) * height
-                begin, end = first[c], first[c + 1]
+            for group in range(groups):
+                begin, end = first[group], first[group + 1]
+                one, two = members[2 * group], members[2 * group + 1]
+                out = (sample * channels + one) * channel_rows + d * height
                 if begin == end:
                     # A constant: the norm makes it 0, and the backward pass leaves it out.
                     rows = float32_at(y + (out + band_start) * width * 4)
                     for i in range((band_end - band_start) * width):
                         rows[i] = np.float32(0.0)
                     continue
-                mean64 = moments[(sample * channels + c) * 2]
-                mean = np.float32(mean64)
-                mean_rest = np.float32(mean64 - np.float64(mean))
-                rstd = np.float32(moments[(sample * channels + c) * 2 + 1])
-                following = depth * height if c + 1 < channels else 0
+                weights = float32_at(weights_at + 8 * begin)
+                at = sample * channels + one
+                mean, mean_rest, rstd = _rounded(moments[2 * at], moments[2 * at + 1])
+                # Rows of the output from the first channel to the second and to the next group's.
+                offsets = int64_at(offsets_at + 8 * begin)
+                ahead, ahead_two = _next(members, group, groups, channel_rows)
+                apart = (two - one) * channel_rows if two >= 0 else 0
+                at += two - one if two >= 0 else 0
+                mean_two, mean_rest_two, rstd_two = _rounded(moments[2 * at], moments[2 * at + 1])
                 for h in range(band_start, band_end):
                     source = slab + 2 * h * row
-                    target = y + (out + h) * width * 4
-                    winner = winners + (out + h) * winner_pitch if winners != 0 else 0
                     for w in range(0, width, LANES):
-                        prefetch(target + (following * width + w) * 4, 1, 1)
-                        if winner != 0:
-                            prefetch(winner + following * winner_pitch + w, 1, 1)
+                        target = y + ((out + h) * width + w) * 4
+                        winner = winners + (out + h) * winner_pitch + w if winners != 0 else 0
+                        # What the next group will write.
+                        prefetch(target + ahead * width * 4, 1, 1)
+                        prefetch(winner + ahead * winner_pitch, 1, 1)
+                        if ahead_two != ahead:
+                            prefetch(target + ahead_two * width * 4, 1, 1)
+                            prefetch(winner + ahead_two * winner_pitch, 1, 1)
                         upper = filled(4, np.float32(0.0))
                         lower = filled(4, np.float32(0.0))
-                        for k in range(begin, end):
-                            weight = weights[k]
-                            address = source + offsets[k] + 8 * w
-                            upper = add_product(upper, weight, address, row, 2, 2)
-                            lower = add_product(lower, weight, address + plane, row, 2, 2)
+                        if two >= 0:
+                            upper_two = filled(4, np.float32(0.0))
+                            lower_two = filled(4, np.float32(0.0))
+                            for k in range(end - begin):
+                                # Every voxel is loaded once for both channels.
+                                address = source + offsets[k] + 8 * w
+                                weight, weight_two = weights[2 * k], weights[2 * k + 1]
+                                upper = add_product(upper, weight, address, row, 2, 2)
+                                upper_two = add_product(upper_two, weight_two, address, row, 2, 2)
+                                address += plane
+                                lower = add_product(lower, weight, address, row, 2, 2)
+                                lower_two = add_product(lower_two, weight_two, address, row, 2, 2)
+                            store_window_maxima(
+                                upper_two,
+                                lower_two,
+                                mean_two,
+                                mean_rest_two,
+                                rstd_two,
+                                target + apart * width * 4,
+                                winner + apart * winner_pitch if winner != 0 else 0,
+                                width - w,
+                            )
+                        else:
+                            for k in range(end - begin):
+                                address = source + offsets[k] + 8 * w
+                                weight = weights[2 * k]
+                                upper = add_product(upper, weight, address, row, 2, 2)
+                                lower = add_product(lower, weight, address + plane, row, 2, 2)
                         store_window_maxima(
-                            upper,
-                            lower,
-                            mean,
-                            mean_rest,
-                            rstd,
-                            target + 4 * w,
-                            winner + w if winner != 0 else 0,
-                            width - w,
+                            upper, lower, mean, mean_rest, rstd, target, winner, width - w
                         )
         part = take(job)
+
+
+@numba.njit
+def _rounded(mean, rstd):  # pragma: no cover - compiled
+    """Give the mean as a sum of two float32 numbers, and 1 / spread as one."""
+    high = np.float32(mean)
+    return high, np.float32(mean - np.float64(high)), np.float32(rstd)
+
+
+@numba.njit
+def _next(members, group, groups, channel_rows):  # pragma: no cover - compiled
+    """Rows from a group's first channel to the channels of the next group."""
+    if group + 1 == groups:
+        return 0, 0
+    one, two = members[2 * group + 2], members[2 * group + 3]
+    first = (one - members[2 * group]) * channel_rows
+    return first, first + (two - one) * channel_rows if two >= 0 else first
 
 
 @kernel(JOB, fastmath={"contract"})
 def sum_gradients(job):  # pragma: no cover - compiled
     """Fill `sums`: per part, each channel's sum of gradients and sums of gradient times voxel."""
-    n, channels, pitch, band = job.n, job.channels, job.pitch, job.band
+    n, channels, groups, pitch, band = job.n, job.channels, job.groups, job.pitch, job.band
     depth, height, width = job.depth // 2, job.height // 2, job.width // 2
     plane = (job.height + 2) * pitch * 4
     row = pitch * 4
     sample_bytes = (job.depth + 2) * plane
     origin = np.int64(job.padded) + (job.lead - 1) * 4
     y, winners, winner_pitch = np.int64(job.y), np.int64(job.winners), job.winner_pitch
-    first = int64_at(job.first)
-    offsets = int64_at(job.offsets)
+    members, first = int64_at(job.members), int64_at(job.group_first)
+    offsets_at = np.int64(job.offsets)
+    channel_rows = depth * height
     parts = n * depth
-    columns = channels + first[channels]
-    sums = float64_at(job.sums)
+    columns = 2 * (groups + first[groups])
     vectors_at = stack_bytes(_SUM_BYTES)
     vectors = float32_at(vectors_at)
     lane_sums_at = stack_bytes(_LANE_SUM_BYTES)
@@ -142,50 +200,72 @@ def sum_gradients(job):  # pragma: no cover - compiled
     while part < parts:
         sample, d = part // depth, part % depth
         slab = origin + sample * sample_bytes + 2 * d * plane
-        for i in range(part * columns, (part + 1) * columns):
+        sums = float64_at(np.int64(job.sums) + 8 * part * columns)
+        for i in range(columns):
             sums[i] = 0.0
         for b in range((height + band - 1) // band):
             band_start = b * band
             band_end = band_start + band if band_start + band < height else height
-            for c in range(channels):
-                begin, end = first[c], first[c + 1]
+            for group in range(groups):
+                begin, end = first[group], first[group + 1]
                 if begin == end:
                     continue
-                groups = (end - begin + LANES) // LANES
-                for i in range(groups * LANES * LANES):
+                one, two = members[2 * group], members[2 * group + 1]
+                count = 2 * (end - begin + 1)
+                blocks = (count + LANES - 1) // LANES
+                for i in range(blocks * LANES * LANES):
                     vectors[i] = np.float32(0.0)
-                for i in range(groups * LANES):
+                for i in range(blocks * LANES):
                     lane_sums[i] = np.float32(0.0)
-                out = ((sample * channels + c) * depth + d) * height
-                following = depth * height if c + 1 < channels else 0
+                out = (sample * channels + one) * channel_rows + d * height
+                offsets = int64_at(offsets_at + 8 * begin)
+                ahead, ahead_two = _next(members, group, groups, channel_rows)
+                apart = (two - one) * channel_rows if two >= 0 else 0
                 nothing = filled(1, np.float32(0.0))
                 for h in range(band_start, band_end):
                     source = slab + 2 * h * row
                     for w in range(0, width, LANES):
-                        ahead = out + following + h
-                        prefetch(y + (ahead * width + w) * 4, 1, 0)
-                        prefetch(winners + ahead * winner_pitch + w, 1, 0)
-                        upper, lower, total = gradient_at_winners(
-                            y + ((out + h) * width + w) * 4,
-                            winners + (out + h) * winner_pitch + w,
-                            width - w,
-                        )
+                        target = y + ((out + h) * width + w) * 4
+                        winner = winners + (out + h) * winner_pitch + w
+                        # What the next group will read.
+                        prefetch(target + ahead * width * 4, 1, 0)
+                        prefetch(winner + ahead * winner_pitch, 1, 0)
+                        if ahead_two != ahead:
+                            prefetch(target + ahead_two * width * 4, 1, 0)
+                            prefetch(winner + ahead_two * winner_pitch, 1, 0)
+                        upper, lower, total = gradient_at_winners(target, winner, width - w)
                         add_to_memory(vectors_at, total, nothing)
-                        for k in range(begin, end):
-                            address = source + offsets[k] + 8 * w
-                            add_to_memory(
-                                vectors_at + (k - begin + 1) * VECTOR_BYTES,
-                                dot(upper, address, row, 2, 2),
-                                dot(lower, address + plane, row, 2, 2),
+                        place = vectors_at + 2 * VECTOR_BYTES
+                        if two >= 0:
+                            upper_two, lower_two, total_two = gradient_at_winners(
+                                target + apart * width * 4, winner + apart * winner_pitch, width - w
                             )
-                for i in range(groups):
+                            add_to_memory(vectors_at + VECTOR_BYTES, total_two, nothing)
+                            for k in range(end - begin):
+                                # Loads come before stores, so that both channels share them.
+                                address = source + offsets[k] + 8 * w
+                                above = dot(upper, address, row, 2, 2)
+                                above_two = dot(upper_two, address, row, 2, 2)
+                                below = dot(lower, address + plane, row, 2, 2)
+                                below_two = dot(lower_two, address + plane, row, 2, 2)
+                                add_to_memory(place, above, below)
+                                add_to_memory(place + VECTOR_BYTES, above_two, below_two)
+                                place += 2 * VECTOR_BYTES
+                        else:
+                            for k in range(end - begin):
+                                address = source + offsets[k] + 8 * w
+                                above = dot(upper, address, row, 2, 2)
+                                below = dot(lower, address + plane, row, 2, 2)
+                                add_to_memory(place, above, below)
+                                place += 2 * VECTOR_BYTES
+                for i in range(blocks):
                     add_lane_sums(
                         vectors_at + i * LANES * VECTOR_BYTES,
                         lane_sums_at + i * VECTOR_BYTES,
                         LANES,
                     )
-                at = part * columns + c + begin
-                for i in range(end - begin + 1):
+                at = 2 * (group + begin)
+                for i in range(count):
                     sums[at + i] += np.float64(lane_sums[i])
         part = take(job)
 
@@ -200,7 +280,8 @@ def weight_gradients(job):  # pragma: no cover - compiled
     taps = int64_at(job.taps)
     weights = float32_at(job.weights)
     moments = float64_at(job.moments)
-    columns = channels + first[channels]
+    own_column, tap_column = int64_at(job.own_column), int64_at(job.tap_column)
+    columns = 2 * (job.groups + int64_at(job.group_first)[job.groups])
     sums = float64_at(job.sums)
     gram = float64_at(job.gram)
     boxes = float64_at(job.boxes)
@@ -216,8 +297,9 @@ def weight_gradients(job):  # pragma: no cover - compiled
             for i in range(count + 1):
                 gathered[i] = 0.0
             for part in range(sample * depth, (sample + 1) * depth):
-                for i in range(count + 1):
-                    gathered[i] += sums[part * columns + c + begin + i]
+                gathered[0] += sums[part * columns + own_column[c]]
+                for i in range(count):
+                    gathered[i + 1] += sums[part * columns + tap_column[begin + i]]
             mean = moments[(sample * channels + c) * 2]
             rstd = moments[(sample * channels + c) * 2 + 1]
             grad_mean = gathered[0] / voxels

@@ -13,7 +13,7 @@ from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 from numba.np import arrayobj
 
-from sparsekit.kernels import vector
+from sparsekit.kernels import vector_ir
 from sparsekit.kernels.vector import LANES, Tile
 
 DOUBLE_LANES = LANES // 2
@@ -31,7 +31,7 @@ _UNDEFINED = ir.Constant(_VECTOR, ir.Undefined)
 DEAD = 8
 
 
-class DoubleTile(types.Type):  # type: ignore[misc]
+class DoubleTile(types.Type):
     """Numba's type of `count` vectors of float64 in registers."""
 
     def __init__(self, count: int) -> None:
@@ -40,9 +40,9 @@ class DoubleTile(types.Type):  # type: ignore[misc]
 
 
 @register_model(DoubleTile)
-class _DoubleTileModel(models.PrimitiveModel):  # type: ignore[misc]
+class _DoubleTileModel(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: DoubleTile) -> None:
-        super().__init__(dmm, fe_type, ir.ArrayType(_DOUBLES, fe_type.count))
+        super().__init__(dmm, fe_type, ir.ArrayType(_DOUBLES, fe_type.count))  # type: ignore[no-untyped-call]
 
 
 def _constant(numbers: Any) -> Any:
@@ -102,7 +102,7 @@ float64_at = _array_at("float64_at", types.float64)
 int64_at = _array_at("int64_at", types.int64)
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def stack_bytes(typing_context: Any, count: Any) -> Any:
     """Address of ``count`` bytes on this thread's stack, aligned to 64; they are not cleared."""
     count_ = count.literal_value
@@ -116,7 +116,7 @@ def stack_bytes(typing_context: Any, count: Any) -> Any:
     return types.int64(count), generate
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def store_window_maxima(
     typing_context: Any,
     upper: Any,
@@ -131,8 +131,9 @@ def store_window_maxima(
     """Pool, normalise and cut off below 0; store ``count`` results, at most one vector.
 
     ``upper`` and ``lower`` are tiles of 2 x 2 vectors: two rows of a plane and of the next one. The
-    result is ``max(0, (maximum - mean - mean_rest) * rstd)``. The winner's number (0 to 7 in C order,
-    plus `DEAD` where the result is 0) is stored as a byte for every lane unless ``winner`` is 0.
+    result is ``max(0, (maximum - mean - mean_rest) * rstd)``. The winner's number (0 to 7 in C
+    order, plus `DEAD` where the result is 0) is stored as a byte for every lane unless ``winner``
+    is 0.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -158,7 +159,7 @@ def store_window_maxima(
         )
         best = builder.select(odd_wins, odd[0], even[0])
         number = builder.select(odd_wins, builder.or_(odd[1], _everywhere(1)), even[1])
-        splat = [vector._splat(builder, args[i]) for i in (2, 3, 4)]
+        splat = [vector_ir.splat(builder, args[i]) for i in (2, 3, 4)]
         best = builder.fsub(builder.fsub(best, splat[0]), splat[1])
         best = builder.fmul(best, splat[2])
         zero = ir.Constant(_VECTOR, [0.0] * LANES)
@@ -194,7 +195,7 @@ def _maximum_of_rows(builder: Any, rows: list[Any]) -> tuple[Any, Any]:
 _AT_WINNERS = types.Tuple((Tile(4), Tile(4), Tile(1)))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def gradient_at_winners(typing_context: Any, grad_y: Any, winner: Any, count: Any) -> Any:
     """Spread ``count`` gradients, at most one vector, over the voxels of their windows.
 
@@ -227,37 +228,37 @@ def gradient_at_winners(typing_context: Any, grad_y: Any, winner: Any, count: An
                 here = builder.icmp_signed("==", row_number, _everywhere(2 * i))
                 rows[i].append(builder.select(here, spread, zero))
         tiles = [
-            vector._pack(builder, rows[0] + rows[1]),
-            vector._pack(builder, rows[2] + rows[3]),
-            vector._pack(builder, [total]),
+            vector_ir.pack(builder, rows[0] + rows[1]),
+            vector_ir.pack(builder, rows[2] + rows[3]),
+            vector_ir.pack(builder, [total]),
         ]
         return context.make_tuple(builder, signature.return_type, tiles)
 
     return _AT_WINNERS(types.int64, types.int64, types.int64), generate
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def dot(typing_context: Any, tile: Any, address: Any, row: Any, a: Any, b: Any) -> Any:
     """Products of a tile and the tile in memory, summed over vectors (not lanes): one vector."""
     a_, b_ = a.literal_value, b.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         del context, signature
-        where = vector._addresses(builder, args[1], args[2], a_, b_)
+        where = vector_ir.addresses(builder, args[1], args[2], a_, b_)
         total = None
-        for address, value in zip(where, vector._unpack(builder, args[0]), strict=True):
-            read = vector._load(builder, address)
+        for address, value in zip(where, vector_ir.unpack(builder, args[0]), strict=True):
+            read = vector_ir.load(builder, address)
             total = (
                 builder.fmul(read, value)
                 if total is None
-                else vector._fma(builder, read, value, total)
+                else vector_ir.fma(builder, read, value, total)
             )
-        return vector._pack(builder, [total])
+        return vector_ir.pack(builder, [total])
 
     return Tile(1)(tile, types.int64, types.int64, a, b), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def add_to_memory(typing_context: Any, address: Any, x: Any, y: Any) -> Any:
     """Add two tiles of one vector to the vector in memory, which is aligned to its size."""
 
@@ -273,7 +274,7 @@ def add_to_memory(typing_context: Any, address: Any, x: Any, y: Any) -> Any:
     return types.void(types.int64, x, y), generate
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def double_zeros(typing_context: Any, count: Any) -> Any:
     """Return a tile of ``count`` vectors of float64 zeros."""
     kind = DoubleTile(count.literal_value)
@@ -285,21 +286,21 @@ def double_zeros(typing_context: Any, count: Any) -> Any:
     return kind(count), generate
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def add_lag_products(
     typing_context: Any, tile: Any, base: Any, partner: Any, row: Any, rows: Any
 ) -> Any:
     """Add products of one vector of float32 with vectors near it, exactly, in float64.
 
-    ``tile`` has 5 vectors for each of ``rows`` rows, ``row`` bytes apart from ``partner`` on. Vector
-    ``5 * i + s`` gains ``(base moved back by s - 2 floats) * (partner of row i)``: a sum over all
-    positions of a line then holds ``sum over w of base[w] * partner[w + s - 2]``.
+    ``tile`` has 5 vectors for each of ``rows`` rows, ``row`` bytes apart from ``partner`` on.
+    Vector ``5 * i + s`` gains ``(base moved back by s - 2 floats) * (partner of row i)``: a sum
+    over all positions of a line then holds ``sum over w of base[w] * partner[w + s - 2]``.
     """
     rows_ = rows.literal_value
     singles = ir.VectorType(_F32, DOUBLE_LANES)
 
     def load(builder: Any, address: Any) -> Any:
-        return builder.fpext(vector._load(builder, address, singles), _DOUBLES)
+        return builder.fpext(vector_ir.load(builder, address, singles), _DOUBLES)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         del context, signature
@@ -324,7 +325,7 @@ def add_lag_products(
     return tile(tile, types.int64, types.int64, types.int64, rows), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def store_doubles(typing_context: Any, tile: Any, address: Any) -> Any:
     """Write a tile of float64 vectors, one after another."""
 

@@ -94,8 +94,9 @@ def masked_conv3d(
 ) -> Tensor:
     """Run the Numba kernels; arguments are those that `sparsekit.ops` checked, float32 on a CPU."""
     del precision  # float32 products throughout, more than any mode asks for
+    y: Tensor
     if torch.compiler.is_compiling():
-        y: Tensor = torch.ops.sparsekit.masked_conv3d(
+        y = torch.ops.sparsekit.masked_conv3d(
             x, weight, mask, bias, stride, padding, dilation, groups, voxel_mask
         )
         return y

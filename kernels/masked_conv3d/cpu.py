@@ -246,7 +246,7 @@ def backward(a: int, b: int) -> Kernel:
         x_channel, x_plane = job.x_channel, job.x_plane
         dx_channel, dx_plane = job.dx_channel, job.dx_plane
         steps, sequence, active = job.steps, job.sequence, job.active
-        tile_parts, row_parts = job.tile_parts, job.row_parts
+        tile_parts = job.tile_parts
         depth, height, width, pitch, dense = job.depth, job.height, job.width, job.pitch, job.dense
         part = take(job)
         while part < job.parts:

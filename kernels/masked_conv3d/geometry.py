@@ -2,8 +2,8 @@
 
 A grid (d, h, w) is stored as padded planes, and a plane as padded rows one after another. The zeros
 that end a row are those that begin the next, and likewise for planes and channels. The output
-voxel at plane ``z``, row ``y`` and column ``x`` has the flat number ``y * pitch + x`` in plane ``z``, and
-tap ``t`` finds its input ``offset(t)`` further on, whatever the voxel. So a tile of consecutive flat
+voxel at row ``y`` and column ``x`` has the flat number ``y * pitch + x`` in its plane, and a tap
+finds its input at a constant offset from there, whatever the voxel. So a tile of consecutive flat
 numbers is computed with whole vectors, and what lies between the rows comes out as garbage that
 nobody reads.
 
@@ -24,6 +24,7 @@ _OTHER_REGISTERS = 3
 # Vectors that one step through a tile's list costs beside its products.
 _STEP_COST = 1.5
 _MOST_COLUMNS = 27
+_FEWEST_PLANES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,10 @@ class Geometry:
     """Class of each tap; 0 without stride."""
     classes: Size3
     """Number of classes along each axis."""
+    reach: int
+    """Planes of `gradient` that a plane of the input reads besides the one with its number."""
+    resident: int
+    """Planes of `gradient` that are in memory at a time; 0 if all of them are."""
 
 
 def _choose_tiling(planes: int, span: int, lanes: int, most: int) -> Tiling:
@@ -132,7 +137,9 @@ def _choose_tiling(planes: int, span: int, lanes: int, most: int) -> Tiling:
 
 
 @lru_cache(maxsize=256)
-def geometry(shape: Shape, lanes: int, registers: int) -> Geometry:
+def geometry(
+    shape: Shape, lanes: int, registers: int, gradient_bytes: int | None = None
+) -> Geometry:
     """Lay a convolution out for vectors of `lanes` numbers and a number of registers.
 
     Parameters
@@ -141,6 +148,9 @@ def geometry(shape: Shape, lanes: int, registers: int) -> Geometry:
         With at least one output voxel along each axis.
     lanes, registers : int
         `sparsekit.kernels.vector.LANES` and `REGISTERS`, or others for a test.
+    gradient_bytes : int, optional
+        Let a sample's padded gradient take about this much memory at a time, if the backward pass
+        can go through it in order.
     """
     out = shape.out
     strided = shape.stride != (1, 1, 1)
@@ -171,7 +181,14 @@ def geometry(shape: Shape, lanes: int, registers: int) -> Geometry:
     source_channels = shape.c_in * classes[0] * classes[1] * classes[2]
     interior = before[0] * plane + before[1] * pitch + before[2]
     gradient_plane = whole_vectors((out[1] + lead[1]) * pitch)
-    gradient_planes = out[0] + lead[0]
+    gradient_planes, resident = out[0] + lead[0], 0
+    in_order = not strided and backward.rows == 1 and lead[0] == reach[0] - before[0]
+    if gradient_bytes is not None and in_order:
+        wanted = gradient_bytes // (4 * shape.c_out * gradient_plane) - reach[0]
+        # An even number of new planes at a time, so that no pooling window is torn.
+        wanted = max(_FEWEST_PLANES, wanted - wanted % 2) + reach[0]
+        if wanted < gradient_planes:
+            gradient_planes = resident = wanted
     gradient_interior = lead[0] * gradient_plane + lead[1] * pitch + lead[2]
 
     taps, classes_of, gradient_taps = [], [], []
@@ -190,6 +207,8 @@ def geometry(shape: Shape, lanes: int, registers: int) -> Geometry:
     source_end = (forward.planes - 1) * plane + forward_span + max(taps)
     source_end = max(source_end, interior + (backward.planes - 1) * plane + backward_span)
     gradient_end = (backward.planes - 1) * gradient_plane + backward_span + max(gradient_taps)
+    if resident:
+        gradient_end = (resident + 1) * gradient_plane + backward_span
     target_plane = forward_span
     dx_plane = backward_span
 
@@ -217,4 +236,6 @@ def geometry(shape: Shape, lanes: int, registers: int) -> Geometry:
         gradient_taps=tuple(gradient_taps),
         tap_classes=tuple(classes_of),
         classes=classes,
+        reach=reach[0],
+        resident=resident,
     )

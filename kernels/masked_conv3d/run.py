@@ -1,10 +1,8 @@
 """Drivers of the CPU kernels: from tensors to jobs and back. float32 only."""
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from sparsekit.kernels import buffers, parallel
@@ -19,7 +17,7 @@ from sparsekit.types import Size3
 # reading and writing the tile's sums once more, else in the second.
 _FIRST_CACHE_BYTES = 32 << 10
 _SECOND_CACHE_BYTES = 384 << 10
-_LEAST_ENTRIES = 7.0
+_LEAST_ENTRIES = 6.0
 # Work below which a second thread costs more than it brings, in multiply-adds.
 _WORK_PER_THREAD = 1 << 18
 _BYTES_PER_THREAD = 1 << 18
@@ -39,12 +37,12 @@ def shape_of(
     )
 
 
-def plan_of(mask: Tensor, shape: Shape) -> Plan:
-    """Plan of a mask, from its cache or new."""
+def plan_of(mask: Tensor, shape: Shape, gradient_bytes: int | None = None) -> Plan:
+    """Plan of a mask, from its cache or new; see `geometry` for `gradient_bytes`."""
     cache = PlanCache.of(mask)
 
     def make() -> Plan:
-        layout_ = geometry(shape, LANES, REGISTERS)
+        layout_ = geometry(shape, LANES, REGISTERS, gradient_bytes)
         taps = math.prod(shape.kernel)
         sizes = [
             _block_channels(layout_, taps, cache.density, grid, tiling.rows, tiling.columns)
@@ -55,7 +53,7 @@ def plan_of(mask: Tensor, shape: Shape) -> Plan:
         ]
         return build(cache.mask, layout_, sizes[0], sizes[1])
 
-    plan: Plan = cache.get(shape, make)
+    plan: Plan = cache.get((shape, gradient_bytes), make)
     return plan
 
 
@@ -228,12 +226,114 @@ def _split(threads: int, sequence: int, samples: int, channels: int) -> tuple[in
     return 1, min(channels, -(-2 * threads // samples))
 
 
-@dataclass(frozen=True, slots=True)
-class Gradients:
-    """Gradients of the input (or None) and of the weight."""
+class BackwardPass:
+    """Both gradients of one convolution, computed over one range of planes after another.
 
-    x: Tensor | None
-    weight: Tensor
+    Parameters
+    ----------
+    padded : Tensor
+        From `pack_source`.
+    weight : Tensor, contiguous
+    plan : Plan
+    samples : int
+    need_x : bool
+        Whether to compute the gradient of the input.
+    """
+
+    def __init__(
+        self, padded: Tensor, weight: Tensor, plan: Plan, samples: int, *, need_x: bool
+    ) -> None:
+        self.layout = layout_ = plan.geometry
+        self.plan = plan
+        shape, entries, tiling = layout_.shape, plan.backward, layout_.backward
+        self.padded = padded
+        self.samples = samples
+        self.threads = _threads(plan, samples)
+        d, h, w = shape.size
+        self.x = buffers.empty((samples, shape.c_in, d, h, w)) if need_x else None
+        self.strided = layout_.classes != (1, 1, 1)
+        self.planes = self.x
+        target = layout_.source_gradient
+        plane, channel, sample = h * w, d * h * w, shape.c_in * d * h * w
+        if self.strided:
+            plane, channel, sample = target.plane, target.channel, target.sample
+            if need_x:
+                self.planes = buffers.empty((samples * sample,))
+        self.weight = buffers.empty(tuple(weight.shape))
+        self._values = _gather(weight, entries.index, self.threads)
+        lists = entries.blocks * entries.rows
+        self._sums_part = entries.entries + cpu.SUMS_AT_ONCE * (lists + 1)
+        self._sums = np.zeros(self.threads * self._sums_part, np.float32)
+        self._kernel = cpu.backward(tiling.rows, tiling.columns)
+        self._job = self._kernel.job(
+            starts=entries.starts.ctypes.data, offsets=entries.offsets.ctypes.data,
+            values=self._values.ctypes.data, sums=self._sums.ctypes.data, blocks=entries.blocks,
+            c_out=shape.c_out, rows=entries.rows, g_sample=4 * layout_.gradient.sample,
+            g_channel=4 * layout_.gradient.channel, g_plane=4 * layout_.gradient.plane,
+            ahead=_ahead(layout_.gradient, tiling.rows, max(layout_.gradient_taps), samples),
+            x_sample=4 * layout_.source.sample, x_channel=4 * layout_.source.channel,
+            x_plane=4 * layout_.source.plane, dx_sample=4 * sample, dx_channel=4 * channel,
+            dx_plane=4 * plane, sums_part=4 * self._sums_part, height=h, width=w,
+            pitch=layout_.pitch, dense=int(not self.strided),
+        )  # fmt: skip
+
+    def run(
+        self, gradient: Tensor, sample: int, samples: int, begin: int, end: int,
+        active: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Add what planes begin..end of the input meet.
+
+        Parameters
+        ----------
+        gradient : Tensor
+            Padded planes of the output's gradient, of which the first is the first that plane
+            `begin` meets.
+        sample, samples : int
+            The first sample and how many of them `gradient` holds.
+        begin, end : int
+            A multiple of the tiles' planes each, or the last plane.
+        active : Tensor, (samples * tiles,), uint8, optional
+            Tiles with a 0 meet zeros of the gradient only.
+        """
+        layout_, entries, tiling = self.layout, self.plan.backward, self.layout.backward
+        job, threads = self._job, self.threads
+        steps = (end - begin) // tiling.rows
+        sequence = steps * tiling.per_plane
+        tile_parts, row_parts = threads, 1
+        if samples * sequence < 4 * threads:
+            tile_parts, row_parts = 1, min(2 * threads if threads > 1 else 1, entries.rows)
+        edges = entries.edges(row_parts)
+        tile_bytes = tiling.rows * tiling.columns * VECTOR_BYTES
+        slab = int((edges[1:] - edges[:-1]).max()) if entries.blocks > 1 else 0
+        scratch_part = (slab + 1) * tile_bytes + (1 + cpu.WAITING) * VECTOR_BYTES
+        scratch = buffers.empty((tile_parts * row_parts * scratch_part // 4,))
+        job["parts"] = tile_parts * row_parts
+        job["g"] = gradient.data_ptr()
+        source = sample * layout_.source.sample + layout_.source.interior
+        job["x"] = self.padded.data_ptr() + 4 * (source + begin * layout_.source.plane)
+        job["dx"] = 0
+        if self.planes is not None:
+            place = sample * int(job["dx_sample"]) + begin * int(job["dx_plane"])
+            job["dx"] = self.planes.data_ptr() + place
+        job["scratch"] = scratch.data_ptr()
+        job["scratch_part"] = scratch_part
+        job["active"] = 0 if active is None else active.data_ptr()
+        job["samples"] = samples
+        job["edges"] = edges.ctypes.data
+        job["tile_parts"] = tile_parts
+        job["row_parts"] = row_parts
+        job["steps"] = steps
+        job["sequence"] = sequence
+        job["depth"] = layout_.shape.size[0] - begin
+        if self.strided:
+            job["depth"] = tiling.planes
+        parallel.run(self._kernel.address, job, threads)
+
+    def finish(self) -> None:
+        """Complete `x` and `weight`."""
+        if self.x is not None and self.planes is not None and self.strided:
+            _move_classes(self.x, self.planes, self.layout, to_padded=False)
+        _scatter(self.weight, self.plan, self._sums, self._sums_part, self.threads, self.threads)
 
 
 def backward(
@@ -245,73 +345,12 @@ def backward(
     *,
     need_x: bool = True,
     active: Tensor | None = None,
-) -> Gradients:
-    """Both gradients from padded planes of the output's gradient and of the input.
-
-    Parameters
-    ----------
-    gradient, padded : Tensor
-        From `pack_gradient` and `pack_source`.
-    weight : Tensor, contiguous
-    plan : Plan
-    samples : int
-    need_x : bool
-        Whether to write the gradient of the input.
-    active : Tensor, (n * tiles,), uint8, optional
-        Tiles with a 0 meet zeros of the gradient only.
-    """
-    layout_, shape, entries = plan.geometry, plan.geometry.shape, plan.backward
-    tiling, source, target = layout_.backward, layout_.source, layout_.source_gradient
-    d, h, w = shape.size
-    strided = layout_.classes != (1, 1, 1)
-    dx = buffers.empty((samples, shape.c_in, d, h, w)) if need_x else None
-    planes = dx
-    if dx is not None and strided:
-        planes = buffers.empty((samples * target.sample,))
-    dense = not strided
-    dx_plane, dx_channel, dx_sample = target.plane, target.channel, target.sample
-    if dense:
-        dx_plane, dx_channel = h * w, d * h * w
-        dx_sample = shape.c_in * dx_channel
-    grad = buffers.empty(tuple(weight.shape))
-    threads = _threads(plan, samples)
-    sequence = tiling.tiles
-    kernel = cpu.backward(tiling.rows, tiling.columns)
-    if samples * sequence >= 4 * threads:
-        tile_parts, row_parts = threads, 1
-    else:
-        tile_parts, row_parts = 1, min(2 * threads if threads > 1 else 1, entries.rows)
-    edges = entries.edges(row_parts)
-    values = _gather(weight, entries.index, threads)
-    tile_bytes = tiling.rows * tiling.columns * VECTOR_BYTES
-    slab = int(np.diff(edges).max()) if entries.blocks > 1 else 0
-    scratch_part = (slab + 1) * tile_bytes + (1 + cpu.WAITING) * VECTOR_BYTES
-    parts = tile_parts * row_parts
-    scratch = buffers.empty((parts * scratch_part // 4,))
-    lists = entries.blocks * entries.rows
-    sums_part = entries.entries + cpu.SUMS_AT_ONCE * (lists + 1)
-    sums = np.zeros(tile_parts * sums_part, np.float32)
-    job = kernel.job(
-        parts=parts, g=gradient.data_ptr(), x=padded.data_ptr() + 4 * source.interior,
-        dx=0 if planes is None else planes.data_ptr(), starts=entries.starts.ctypes.data,
-        offsets=entries.offsets.ctypes.data, values=values.ctypes.data, sums=sums.ctypes.data,
-        scratch=scratch.data_ptr(), active=0 if active is None else active.data_ptr(),
-        samples=samples, blocks=entries.blocks, c_out=shape.c_out, rows=entries.rows,
-        edges=edges.ctypes.data, tile_parts=tile_parts, row_parts=row_parts,
-        steps=tiling.planes // tiling.rows, sequence=sequence,
-        g_sample=4 * layout_.gradient.sample, g_channel=4 * layout_.gradient.channel,
-        g_plane=4 * layout_.gradient.plane,
-        ahead=_ahead(layout_.gradient, tiling.rows, max(layout_.gradient_taps), samples),
-        x_sample=4 * source.sample, x_channel=4 * source.channel, x_plane=4 * source.plane,
-        dx_sample=4 * dx_sample, dx_channel=4 * dx_channel, dx_plane=4 * dx_plane,
-        sums_part=4 * sums_part, scratch_part=scratch_part, depth=d, height=h, width=w,
-        pitch=layout_.pitch, dense=int(dense),
-    )  # fmt: skip
-    parallel.run(kernel.address, job, threads)
-    if dx is not None and planes is not None and strided:
-        _move_classes(dx, planes, layout_, to_padded=False)
-    _scatter(grad, plan, sums, sums_part, tile_parts, threads)
-    return Gradients(dx, grad)
+) -> BackwardPass:
+    """Both gradients, in ``x`` and ``weight`` of the result, from all planes at once."""
+    work = BackwardPass(padded, weight, plan, samples, need_x=need_x)
+    work.run(gradient, 0, samples, 0, plan.geometry.backward.planes, active)
+    work.finish()
+    return work
 
 
 def _scatter(
@@ -329,6 +368,6 @@ def _scatter(
 
 
 __all__ = [
-    "Gradients", "Kernel", "backward", "forward", "pack_gradient", "pack_source", "plan_of",
+    "BackwardPass", "Kernel", "backward", "forward", "pack_gradient", "pack_source", "plan_of",
     "shape_of",
 ]  # fmt: skip

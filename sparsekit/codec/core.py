@@ -12,6 +12,7 @@ import xxhash
 from sparsekit.codec import sections
 from sparsekit.codec.sections import Bools, Elements, Positions
 from sparsekit.codec.wire import (
+    BOOL,
     MAX_EXTENT,
     MAX_HEADER_BYTES,
     MAX_RECORDS,
@@ -212,6 +213,15 @@ def decode_record(payload: memoryview, placed: Placed, base: Mapping[str, Elemen
     try:
         if record.mask_code == MaskCode.DENSE:
             bits = sections.read_values(value_section, record.dtype, record.k)
+        elif (
+            record.mask_code == MaskCode.BITMAP
+            and record.dtype is not BOOL
+            and sections.kernels_pay_off(record.n)
+        ):
+            mask_section = payload[placed.mask_at : placed.mask_at + record.mask_len]
+            bits = sections.expand_bitmap(
+                mask_section, value_section, record.dtype, record.n, record.k
+            )
         else:
             bits = np.zeros(record.n, sections.unsigned(record.dtype))
             read = sections.value_reader(value_section, record.dtype, record.k)

@@ -4,9 +4,10 @@ Elements travel as unsigned integers of their own width, so that no floating-poi
 touches them: NaN payloads survive, and flush-to-zero modes cannot change a mask.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,9 @@ Positions: TypeAlias = npt.NDArray[np.intp]
 # Masks are unpacked this many elements at a time: temporaries stay in the level-2 cache, and
 # decoding needs less than 1 MiB beside its result.
 CHUNK = 2**15
+
+# From this many elements on the compiled bitmap kernels are faster than NumPy, and worth loading.
+KERNEL_ELEMENTS = 2**16
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +81,25 @@ def _positions_of(keep: Bools) -> Positions:
     return np.concatenate(chunks) if chunks else np.empty(0, np.intp)
 
 
+def kernels_pay_off(n: int) -> bool:
+    """Whether masks of so many elements are for the compiled kernels.
+
+    They run on torch's threads, so that a process that decodes without torch stays with NumPy.
+    """
+    return n >= KERNEL_ELEMENTS and sys.modules.get("torch") is not None
+
+
+def _bitmap(function: str) -> Callable[..., Any]:
+    from sparsekit.kernels import dispatch
+
+    return dispatch.resolve(f"bitmap_{function}", "cpu").implementation.load()
+
+
 def compact(bits: Bits, keep: Bools, k: int) -> Bits:
     """Collect the `k` kept elements in order."""
+    if kernels_pay_off(bits.size):
+        kept_bits: Bits = _bitmap("compact")(bits, _bitmap("pack")(keep))
+        return kept_bits
     kept = np.empty(k, bits.dtype)
     done = 0
     for start in range(0, bits.size, CHUNK):
@@ -155,6 +176,18 @@ def bitmap_positions(section: memoryview, n: int) -> Iterator[tuple[int, Positio
             packed[start // 8 : -(-stop // 8)], count=stop - start, bitorder="little"
         )
         yield start, positions_in(bits.view(np.bool_))
+
+
+def expand_bitmap(section: memoryview, values: memoryview, dtype: DType, n: int, k: int) -> Bits:
+    """All `n` elements from a bitmap section and the raw section of its `k` kept elements."""
+    check_tail(section, n)
+    packed = np.frombuffer(section, np.uint8)
+    kept = np.frombuffer(values, unsigned(dtype))
+    found = _bitmap("count")(packed, n)
+    if found != k:
+        raise FormatError(f"its mask keeps {found} elements, its record says {k}")
+    bits: Bits = _bitmap("expand")(kept, packed, n)
+    return bits
 
 
 def pattern_positions(base: Elements) -> Iterator[tuple[int, Positions]]:

@@ -47,9 +47,9 @@ def torch_gradients(
 
 
 def run(
-    x: Tensor, weight: Tensor, mask: Tensor, grad_y: Tensor, threads: int = 2
+    x: Tensor, weight: Tensor, mask: Tensor, grad_y: Tensor, threads: int = 2, eps: float = EPS
 ) -> tuple[Tensor, Tensor, Saved | SavedInputs]:
-    y, saved = single_channel.forward(x, weight, Plan(mask), None, eps=EPS, threads=threads)
+    y, saved = single_channel.forward(x, weight, Plan(mask), None, eps=eps, threads=threads)
     assert saved is not None
     grad, grad_bias = single_channel.backward(saved, grad_y, threads=threads)
     assert grad_bias is not None
@@ -63,6 +63,8 @@ def winners(saved: Saved, y: Tensor) -> Tensor:
     """Flat position of each window's winner in the map before the pooling."""
     n, c, d, h, w = y.shape
     number = saved.winners.view(n, c, d, h, -1)[..., :w].long()
+    # Those of an empty filter are never written.
+    number[:, ~saved.plan.mask.flatten(1).any(1)] = 8
     assert torch.equal(number >= 8, y == 0)
     number = number % 8
     depth, height, width = saved.grid
@@ -74,7 +76,7 @@ def winners(saved: Saved, y: Tensor) -> Tensor:
 
 
 def exact(
-    x: Tensor, weight: Tensor, mask: Tensor, grad_y: Tensor, saved: Saved, y: Tensor
+    x: Tensor, weight: Tensor, mask: Tensor, grad_y: Tensor, saved: Saved, y: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Output, and gradient of the weight for the op's own winners, in float64.
 
@@ -82,20 +84,20 @@ def exact(
     That the winners are largest but for rounding is checked here.
     """
     leaf = weight.detach().double().requires_grad_()
-    z = functional.instance_norm(convolve(x.double(), leaf, mask), eps=EPS)
+    z = functional.instance_norm(convolve(x.double(), leaf, mask), eps=eps)
     picked = z.flatten(2).gather(2, winners(saved, y).flatten(2)).view_as(y)
-    largest = functional.max_pool3d(z, 2)
-    assert float((largest - picked).max()) <= 1e-5 * max(1.0, float(z.abs().max()))
+    largest = functional.max_pool3d(z, 2).detach()
+    assert float((largest - picked.detach()).max()) <= 2e-6 * float(z.detach().abs().max())
     (grad,) = torch.autograd.grad(picked, leaf, torch.where(y > 0, grad_y.double(), 0.0))
-    return functional.relu(largest).detach(), grad
+    return functional.relu(largest), grad
 
 
-def check(compare: Compare, x: Tensor, weight: Tensor, mask: Tensor) -> None:
+def check(compare: Compare, x: Tensor, weight: Tensor, mask: Tensor, eps: float = EPS) -> None:
     n, _, d, h, w = x.shape
     grad_y = normal(n, len(weight), d // 2, h // 2, w // 2, seed=3)
-    y, grad, saved = run(x, weight, mask, grad_y)
+    y, grad, saved = run(x, weight, mask, grad_y, eps=eps)
     assert isinstance(saved, Saved)
-    exact_y, exact_grad = exact(x, weight, mask, grad_y, saved, y)
+    exact_y, exact_grad = exact(x, weight, mask, grad_y, saved, y, eps)
     compare(OP, "forward", y, exact_y.numpy())
     compare(OP, "weight", grad, exact_grad.numpy())
 
@@ -120,7 +122,7 @@ GRIDS = [
 @pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
 def test_against_float64(grid: tuple[int, int, int], density: float, compare: Compare) -> None:
     mask = keep(7, round(density * 27 * 7))
-    check(compare, normal(1, 1, *grid), 0.3 * normal(7, 1, 3, 3, 3, seed=2), mask)
+    check(compare, normal(1, 1, *grid), 0.3 * normal(7, 1, 3, 3, 3, seed=2), mask, eps=0.1)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 32])
@@ -135,7 +137,9 @@ def test_channels_and_samples(channels: int, samples: int, compare: Compare) -> 
 def test_one_weight(tap: int, compare: Compare) -> None:
     mask = torch.arange(3 * 27).view(3, 1, 3, 3, 3) == 27 + tap
     x, weight = normal(2, 1, 5, 6, 7), normal(3, 1, 3, 3, 3, seed=2)
-    check(compare, x, weight, mask)
+    # The scale of a lone weight matters to the norm through eps only: a small one would leave a
+    # gradient that is all rounding.
+    check(compare, x, weight, mask, eps=1.0)
     y, _ = single_channel.forward(x, weight, Plan(mask), None, eps=EPS, threads=1)
     assert not bool(y[:, [0, 2]].any())
 
@@ -263,9 +267,7 @@ def test_eps(eps: float) -> None:
     y, _ = single_channel.forward(x, weight, Plan(mask), None, eps=eps, threads=1)
     z = functional.instance_norm(convolve(x.double(), weight.double(), mask), eps=eps)
     expected = functional.relu(functional.max_pool3d(z, 2))
-    # Without eps torch divides the empty filter's 0 by 0.
-    assert bool(expected[:, 3].isnan().all()) == (eps == 0.0)
-    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_sparse_random_shapes(compare: Compare) -> None:
@@ -276,4 +278,4 @@ def test_sparse_random_shapes(compare: Compare) -> None:
         mask = keep(channels, int(random.integers(1, 27 * channels + 1)))
         seed = int(random.integers(1 << 30))
         x = normal(samples, 1, d, h, w, seed=seed)
-        check(compare, x, normal(channels, 1, 3, 3, 3, seed=seed + 1), mask)
+        check(compare, x, normal(channels, 1, 3, 3, 3, seed=seed + 1), mask, eps=0.1)

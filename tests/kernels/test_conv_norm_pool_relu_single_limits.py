@@ -82,10 +82,11 @@ def test_an_overflow_ends_as_in_torch() -> None:
 @pytest.mark.parametrize("value", NOT_FINITE)
 @pytest.mark.parametrize("alive", [True, False])
 def test_a_gradient_that_is_not_finite_goes_where_torch_sends_it(value: float, alive: bool) -> None:
-    x, weight, mask, _, grad_y = example()
-    positive = torch_layers(x, weight, mask, None, grad_y)[0][1, 2] > 0
-    places = (positive if alive else ~positive).flatten().nonzero()
-    grad_y[1, 2].view(-1)[places[0]] = value
+    _, weight, mask, _, _ = example()
+    x, grad_y = normal(2, 1, 13, 16, 19), normal(2, 4, 6, 8, 9, seed=4)
+    positive = torch_layers(x, weight, mask, None, grad_y)[0] > 0
+    positive[:, 1] = not alive  # The empty filter's.
+    grad_y.view(-1)[(positive == alive).flatten().nonzero()[-1]] = value
     _, grad, _, saved = run(x, weight, mask, None, grad_y)
     assert isinstance(saved, Saved)
     expected = torch_layers(x, weight, mask, None, grad_y)[1]

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from sparsekit.ops import topk_mask
 
+pytestmark = pytest.mark.parametrize("backend", ["reference", "cpu"])
+
 
 def brute_force(
     tensors: list[Tensor], keep: int, within: list[Tensor] | None = None
@@ -53,23 +55,23 @@ SETS = {
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_equals_a_stable_sort_for_every_count(name: str) -> None:
+def test_equals_a_stable_sort_for_every_count(backend: str, name: str) -> None:
     tensors = SETS[name]
     total = sum(t.numel() for t in tensors)
     for keep in range(total + 1):
-        masks = topk_mask(tensors, keep)
+        masks = topk_mask(tensors, keep, backend=backend)
         assert sum(int(m.sum()) for m in masks) == keep
         assert_same(masks, brute_force(tensors, keep))
 
 
 @pytest.mark.parametrize("name", ["several", "with-empty", "all-equal", "zeros", "many-ties"])
-def test_stays_within(name: str) -> None:
+def test_stays_within(backend: str, name: str) -> None:
     tensors = SETS[name]
     random = torch.Generator().manual_seed(8)
     within = [torch.rand(t.shape, generator=random) < 0.5 for t in tensors]
     alive = sum(int(m.sum()) for m in within)
     for keep in range(alive + 1):
-        masks = topk_mask(tensors, keep, within=within)
+        masks = topk_mask(tensors, keep, within=within, backend=backend)
         assert not any(bool((m & ~w).any()) for m, w in zip(masks, within, strict=True))
         assert_same(masks, brute_force(tensors, keep, within))
 
@@ -79,7 +81,9 @@ def test_stays_within(name: str) -> None:
     data=st.data(),
     sizes=st.lists(st.integers(0, 12), max_size=4),
 )
-def test_equals_a_stable_sort_on_drawn_values(data: st.DataObject, sizes: list[int]) -> None:
+def test_equals_a_stable_sort_on_drawn_values(
+    backend: str, data: st.DataObject, sizes: list[int]
+) -> None:
     # Few distinct values, so that ties are the rule.
     value = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 1e-45, float("inf")])
     tensors = [
@@ -91,35 +95,37 @@ def test_equals_a_stable_sort_on_drawn_values(data: st.DataObject, sizes: list[i
         for n in sizes
     ]
     keep = data.draw(st.integers(0, sum(int(m.sum()) for m in within)))
-    assert_same(topk_mask(tensors, keep, within=within), brute_force(tensors, keep, within))
+    assert_same(
+        topk_mask(tensors, keep, within=within, backend=backend), brute_force(tensors, keep, within)
+    )
 
 
-def test_equals_a_stable_sort_on_many_values() -> None:
+def test_equals_a_stable_sort_on_many_values(backend: str) -> None:
     tensors = [randn(64, 32, 27, seed=1), randn(31, 97, seed=2).round(decimals=1)]
     keys = np.concatenate([np.abs(t.numpy()).ravel() for t in tensors])
     keep = keys.size // 20
     chosen = np.zeros(keys.size, np.bool_)
     chosen[np.argsort(-keys, kind="stable")[:keep]] = True
-    masks = topk_mask(tensors, keep)
+    masks = topk_mask(tensors, keep, backend=backend)
     assert np.array_equal(np.concatenate([m.numpy().ravel() for m in masks]), chosen)
 
 
-def test_memory_order_of_a_tensor_does_not_matter() -> None:
+def test_memory_order_of_a_tensor_does_not_matter(backend: str) -> None:
     base = (randn(6, 5, 4) * 2).round()
     turned = base.permute(2, 0, 1).contiguous().permute(1, 2, 0)
     spaced = torch.stack([base, base + 9], dim=-1)[..., 0]
     assert not turned.is_contiguous()
     for keep in (0, 1, 17, 60, 120):
-        expected = topk_mask([base], keep)
-        assert_same(topk_mask([turned], keep), expected)
-        assert_same(topk_mask([spaced], keep), expected)
+        expected = topk_mask([base], keep, backend=backend)
+        assert_same(topk_mask([turned], keep, backend=backend), expected)
+        assert_same(topk_mask([spaced], keep, backend=backend), expected)
 
 
-def test_input_is_left_alone_and_gradients_are_not_needed() -> None:
+def test_input_is_left_alone_and_gradients_are_not_needed(backend: str) -> None:
     weight = randn(9).requires_grad_()
     before = weight.detach().clone()
-    (mask,) = topk_mask([weight], 4)
+    (mask,) = topk_mask([weight], 4, backend=backend)
     assert torch.equal(weight.detach(), before)
     assert not mask.requires_grad
     mask.fill_(True)
-    assert torch.equal(topk_mask([weight], 4)[0], brute_force([before], 4)[0])
+    assert torch.equal(topk_mask([weight], 4, backend=backend)[0], brute_force([before], 4)[0])

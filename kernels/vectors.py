@@ -1,0 +1,165 @@
+"""Memory by address, and 64 elements at a time, in compiled kernels.
+
+Addresses and all other integers here are uint64: Numba makes a float of a signed and an unsigned
+64-bit number. Vectors have no type in Numba, so each helper loads what it needs and hands on bits,
+one per element, lowest first. LLVM maps 64 lanes to the vectors that the processor has.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+LANES = 64
+"""Elements of a block: their bits fill one integer."""
+
+_I1 = ir.IntType(1)
+_I8 = ir.IntType(8)
+_I64 = ir.IntType(64)
+
+
+def vector_at(builder: Any, address: Any, element: Any, lanes: int) -> Any:
+    """Emit the load of a vector that need not be aligned."""
+    pointer = builder.inttoptr(address, ir.VectorType(element, lanes).as_pointer())
+    return builder.load(pointer, align=1)
+
+
+def splat(builder: Any, value: Any, lanes: int) -> Any:
+    """Emit a vector that holds one value in all lanes."""
+    undefined = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
+    first = builder.insert_element(undefined, value, ir.Constant(ir.IntType(32), 0))
+    lane_zero = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
+    return builder.shuffle_vector(first, undefined, lane_zero)
+
+
+def constant(element: Any, value: int, lanes: int) -> Any:
+    """Vector of a number that is known now."""
+    return ir.Constant(ir.VectorType(element, lanes), [value] * lanes)
+
+
+def _make_load(bits: int) -> Any:
+    def load(_typing_context: Any, address: Any) -> Any:
+        def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            pointer = builder.inttoptr(arguments[0], ir.IntType(bits).as_pointer())
+            value = builder.load(pointer, align=1)
+            return value if bits == 64 else builder.zext(value, _I64)
+
+        assert address == types.uint64
+        return types.uint64(types.uint64), codegen
+
+    return intrinsic(load)
+
+
+def _make_store(bits: int) -> Any:
+    def store(_typing_context: Any, address: Any, value: Any) -> Any:
+        def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> None:
+            kind = ir.IntType(bits)
+            pointer = builder.inttoptr(arguments[0], kind.as_pointer())
+            value = arguments[1] if bits == 64 else builder.trunc(arguments[1], kind)
+            builder.store(value, pointer, align=1)
+
+        assert (address, value) == (types.uint64, types.uint64)
+        return types.void(types.uint64, types.uint64), codegen
+
+    return intrinsic(store)
+
+
+load_u8, load_u16, load_u32, load_u64 = (_make_load(bits) for bits in (8, 16, 32, 64))
+store_u8, store_u16, store_u32, store_u64 = (_make_store(bits) for bits in (8, 16, 32, 64))
+
+
+def _count_ones(_typing_context: Any, word: Any) -> Any:
+    """Number of bits that are set."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.ctpop(arguments[0])
+
+    assert word == types.uint64
+    return types.uint64(word), codegen
+
+
+def _lowest_one(_typing_context: Any, word: Any) -> Any:
+    """Position of the lowest bit that is set; 64 if none is."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], ir.Constant(_I1, 0))
+
+    assert word == types.uint64
+    return types.uint64(word), codegen
+
+
+def _fetch_add(_typing_context: Any, address: Any, amount: Any) -> Any:
+    """Add to a counter that threads share, and return what it was."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], _I64.as_pointer())
+        return builder.atomic_rmw("add", pointer, arguments[1], "monotonic")
+
+    assert (address, amount) == (types.uint64, types.uint64)
+    return types.uint64(address, amount), codegen
+
+
+def _prefetch_block(_typing_context: Any, address: Any) -> Any:
+    """Ask for the block of 32-bit elements at an address, which need not be mapped."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> None:
+        i32, pointer = ir.IntType(32), _I8.as_pointer()
+        name = "llvm.prefetch.p0"
+        signature = ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32])
+        function = cgutils.get_or_insert_function(builder.module, signature, name)
+        # For reading, into all levels, as data.
+        hints = [ir.Constant(i32, n) for n in (0, 3, 1)]
+        for line in range(4 * LANES // 64):
+            place = builder.add(arguments[0], ir.Constant(_I64, 64 * line))
+            builder.call(function, [builder.inttoptr(place, pointer), *hints])
+
+    assert address == types.uint64
+    return types.void(address), codegen
+
+
+def _stack_bytes(_typing_context: Any, size: Any) -> Any:
+    """Address of so many bytes of this thread's stack, 64-byte aligned; a global constant."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
+        # Numba's own helper would also clear it, byte by byte: a minute of compilation.
+        with builder.goto_entry_block():
+            memory = builder.alloca(ir.ArrayType(_I8, size.literal_value))
+        memory.align = 64
+        return builder.ptrtoint(memory, _I64)
+
+    return types.uint64(size), codegen
+
+
+def _bits_of_bools(_typing_context: Any, address: Any) -> Any:
+    """Bits of the block of bools at an address: set where a byte is not 0."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        values = vector_at(builder, arguments[0], _I8, LANES)
+        return builder.bitcast(builder.icmp_unsigned("!=", values, constant(_I8, 0, LANES)), _I64)
+
+    assert address == types.uint64
+    return types.uint64(address), codegen
+
+
+def _bools_of_bits(_typing_context: Any, word: Any, address: Any) -> Any:
+    """Write the block of bools that has these bits."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> None:
+        block = ir.VectorType(_I8, LANES)
+        flags = builder.bitcast(arguments[0], ir.VectorType(_I1, LANES))
+        pointer = builder.inttoptr(arguments[1], block.as_pointer())
+        builder.store(builder.zext(flags, block), pointer, align=1)
+
+    assert (word, address) == (types.uint64, types.uint64)
+    return types.void(word, address), codegen
+
+
+count_ones: Any = intrinsic(_count_ones)
+lowest_one: Any = intrinsic(_lowest_one)
+fetch_add: Any = intrinsic(_fetch_add)
+prefetch_block: Any = intrinsic(_prefetch_block)
+stack_bytes: Any = intrinsic(prefer_literal=True)(_stack_bytes)
+bits_of_bools: Any = intrinsic(_bits_of_bools)
+bools_of_bits: Any = intrinsic(_bools_of_bits)
