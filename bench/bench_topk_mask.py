@@ -2,7 +2,8 @@
 
 Run with ``pytest bench/bench_topk_mask.py``. All sides get the same values, made outside the timed
 call, and give masks; ``read`` is one sum over the weights, below which nothing can select. torch's
-pruning modifies its modules, so it gets fresh ones for every round.
+pruning modifies its modules, so it gets fresh ones for every round. The quick ones are warmed by 30
+calls: until the allocator keeps their memory, every page of a new mask costs a page fault.
 """
 
 from collections.abc import Callable
@@ -49,7 +50,7 @@ def _run(
     call: Callable[..., Any],
     *args: Any,
     rounds: int = 15,
-    warmup_rounds: int = 10,
+    warmup_rounds: int = 30,
     **options: Any,
 ) -> Any:
     benchmark.group = f"{size:,} weights, sparsity {sparsity:.0%}"

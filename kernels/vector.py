@@ -15,8 +15,9 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.datamodel import models
-from numba.extending import intrinsic, register_model
+from numba.extending import register_model
 
+from sparsekit.kernels.intrinsics import intrinsic
 from sparsekit.kernels.vector_ir import (
     F32,
     I8,
@@ -24,6 +25,7 @@ from sparsekit.kernels.vector_ir import (
     I64,
     LANES,
     REGISTERS,
+    UNDEFINED,
     VECTOR,
     VECTOR_BYTES,
     addresses,
@@ -46,10 +48,13 @@ __all__ = [
     "add_lane_sums",
     "add_product",
     "add_product_and_dot",
+    "add_products",
     "any_bits_outside",
+    "biased",
     "copy_first",
     "copy_vector",
     "filled",
+    "leave_tile",
     "load_tile",
     "prefetch",
     "store_tile",
@@ -72,7 +77,7 @@ class _TileModel(models.PrimitiveModel):
         super().__init__(dmm, fe_type, ir.ArrayType(VECTOR, fe_type.count))  # type: ignore[no-untyped-call]
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def filled(typing_context: Any, count: Any, scalar: Any) -> Any:
     """Return a tile of ``count`` vectors with ``scalar`` (float32) in every lane."""
     kind = Tile(count.literal_value)
@@ -84,7 +89,7 @@ def filled(typing_context: Any, count: Any, scalar: Any) -> Any:
     return kind(count, types.float32), generate
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def load_tile(typing_context: Any, address: Any, row: Any, a: Any, b: Any) -> Any:
     """Return the tile that stands in memory at ``address``."""
     a_, b_ = a.literal_value, b.literal_value
@@ -97,7 +102,7 @@ def load_tile(typing_context: Any, address: Any, row: Any, a: Any, b: Any) -> An
     return Tile(a_ * b_)(types.int64, types.int64, a, b), generate
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def store_tile(typing_context: Any, tile: Any, address: Any, row: Any, a: Any, b: Any) -> Any:
     """Write a tile to memory at ``address``."""
     a_, b_ = a.literal_value, b.literal_value
@@ -112,7 +117,7 @@ def store_tile(typing_context: Any, tile: Any, address: Any, row: Any, a: Any, b
     return types.void(tile, types.int64, types.int64, a, b), generate
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def stream_tile(typing_context: Any, tile: Any, address: Any, row: Any, a: Any, b: Any) -> Any:
     """Write a tile past the caches; address and row must be multiples of `VECTOR_BYTES`.
 
@@ -132,7 +137,7 @@ def stream_tile(typing_context: Any, tile: Any, address: Any, row: Any, a: Any, 
     return types.void(tile, types.int64, types.int64, a, b), generate
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def add_product(
     typing_context: Any, tile: Any, scalar: Any, address: Any, row: Any, a: Any, b: Any
 ) -> Any:
@@ -155,7 +160,56 @@ def add_product(
     return tile(tile, types.float32, types.int64, types.int64, a, b), generate
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
+def add_products(
+    typing_context: Any,
+    tile: Any,
+    scalars: Any,
+    address: Any,
+    row: Any,
+    a: Any,
+    b: Any,
+) -> Any:
+    """Return several tiles in one, ``tile[q] + scalars[q] * memory``, reading the memory once.
+
+    ``scalars`` is the address of as many float32 numbers as ``tile`` is larger than ``a`` x ``b``.
+    """
+    a_, b_ = a.literal_value, b.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        del context, signature
+        sums = unpack(builder, args[0])
+        count = a_ * b_
+        values = [
+            load(builder, address) for address in addresses(builder, args[2], args[3], a_, b_)
+        ]
+        for q in range(len(sums) // count):
+            factor = splat(builder, load(builder, builder.add(args[1], I64(4 * q)), F32))
+            for i, value in enumerate(values):
+                sums[q * count + i] = fma(builder, value, factor, sums[q * count + i])
+        return pack(builder, sums)
+
+    return tile(tile, types.int64, types.int64, types.int64, a, b), generate
+
+
+@intrinsic
+def biased(typing_context: Any, address: Any, channels: Any, count: Any) -> Any:
+    """Return ``channels`` tiles of ``count`` vectors in one, each full of its float32 number."""
+    channels_, count_ = channels.literal_value, count.literal_value
+    kind = Tile(channels_ * count_)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        del context, signature
+        vectors = []
+        for q in range(channels_):
+            number = load(builder, builder.add(args[0], I64(4 * q)), F32)
+            vectors += [splat(builder, number)] * count_
+        return pack(builder, vectors)
+
+    return kind(types.int64, channels, count), generate
+
+
+@intrinsic
 def add_product_and_dot(
     typing_context: Any,
     tile: Any,
@@ -192,7 +246,7 @@ def add_product_and_dot(
     return result(tile, other, types.float32, types.int64, types.int64, a, b), generate
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def add_lane_sums(typing_context: Any, source: Any, target: Any, count: Any) -> Any:
     """Add the sum over lanes of each of ``count`` vectors to ``count`` float32 numbers.
 
@@ -236,7 +290,7 @@ def _add_halves(builder: Any, x: Any, y: Any, run: int) -> Any:
     return builder.fadd(shuffle(builder, x, y, low), shuffle(builder, x, y, high))
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def prefetch(typing_context: Any, address: Any, lines: Any, write: Any) -> Any:
     """Ask for ``lines`` cache lines from ``address`` on; ``write`` is 1 if they will be written."""
     lines_, write_ = lines.literal_value, write.literal_value
@@ -254,7 +308,7 @@ def prefetch(typing_context: Any, address: Any, lines: Any, write: Any) -> Any:
     return types.void(types.int64, lines, write), generate
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def stream_vector(typing_context: Any, target: Any, source: Any) -> Any:
     """Copy one vector past the caches; ``target`` is a multiple of `VECTOR_BYTES`."""
 
@@ -268,7 +322,7 @@ def stream_vector(typing_context: Any, target: Any, source: Any) -> Any:
     return types.void(types.int64, types.int64), generate
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def copy_vector(typing_context: Any, target: Any, source: Any) -> Any:
     """Copy one vector of float32 numbers."""
 
@@ -280,7 +334,7 @@ def copy_vector(typing_context: Any, target: Any, source: Any) -> Any:
     return types.void(types.int64, types.int64), generate
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def copy_first(typing_context: Any, target: Any, source: Any, count: Any) -> Any:
     """Copy the first ``count`` numbers of a vector, of which the whole can be read."""
 
@@ -294,7 +348,7 @@ def copy_first(typing_context: Any, target: Any, source: Any, count: Any) -> Any
     return types.void(types.int64, types.int64, types.int64), generate
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def any_bits_outside(typing_context: Any, values: Any, mask: Any, vectors: Any) -> Any:
     """Tell whether float32 numbers at ``values`` have any bit set where the mask's byte is 0.
 
@@ -320,3 +374,54 @@ def any_bits_outside(typing_context: Any, values: Any, mask: Any, vectors: Any) 
         return builder.zext(builder.icmp_unsigned("!=", total, I32(0)), I64)
 
     return types.int64(types.int64, types.int64, vectors), generate
+
+
+@intrinsic
+def leave_tile(
+    typing_context: Any,
+    tile: Any,
+    target: Any,
+    plane: Any,
+    lanes: Any,
+    planes: Any,
+    a: Any,
+    b: Any,
+) -> Any:
+    """Write those lanes of a tile that are wanted, without gaps, row by row of the tile.
+
+    Row ``i`` begins at ``target + i * plane``; of the rows, ``planes`` are written. ``lanes`` is
+    the address of ``b`` uint16 numbers whose bits name the lanes wanted of each vector of a row.
+    """
+    a_, b_ = a.literal_value, b.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        del signature
+        tile_, target_, plane_, lanes_, planes_ = args[:5]
+        vectors = unpack(builder, tile_)
+        bits, narrow = ir.VectorType(ir.IntType(1), LANES), ir.IntType(LANES)
+        compress = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(VECTOR, [VECTOR, bits, VECTOR]),
+            f"llvm.experimental.vector.compress.v{LANES}f32",
+        )
+        count_ones = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(I32, [I32]), "llvm.ctpop.i32"
+        )
+        order = ir.Constant(ir.VectorType(I32, LANES), list(range(LANES)))
+        for i in range(a_):
+            with builder.if_then(builder.icmp_signed(">", planes_, I64(i))):
+                place = builder.add(target_, builder.mul(plane_, I64(i)))
+                for j in range(b_):
+                    number = load(builder, builder.add(lanes_, I64(2 * j)), ir.IntType(16))
+                    wanted = builder.zext(number, I32)
+                    chosen = builder.bitcast(
+                        number if LANES == 16 else builder.trunc(number, narrow), bits
+                    )
+                    packed = builder.call(compress, [vectors[i * b_ + j], chosen, UNDEFINED])
+                    count = builder.call(count_ones, [wanted])
+                    inside = builder.icmp_signed("<", order, splat_int(builder, count))
+                    masked_store(builder, packed, place, inside, f"v{LANES}f32")
+                    place = builder.add(place, builder.zext(builder.shl(count, I32(2)), I64))
+        return context.get_dummy_value()
+
+    return types.void(tile, *[types.int64] * 4, a, b), generate

@@ -3,9 +3,7 @@
 import numba
 import numpy as np
 
-from sparsekit.kernels.compiled import Kernel, kernel
-from sparsekit.kernels.parallel import take
-from sparsekit.kernels.vectors import (
+from sparsekit.kernels.blocks import (
     LANES,
     bits_of_bools,
     bools_of_bits,
@@ -20,6 +18,8 @@ from sparsekit.kernels.vectors import (
     store_u32,
     store_u64,
 )
+from sparsekit.kernels.compiled import Kernel, kernel
+from sparsekit.kernels.parallel import take
 
 PART = 1 << 15
 """Entries of a part; a multiple of 64, so that no two parts share a word."""

@@ -62,7 +62,8 @@ class _SingleChannel(torch.autograd.Function):
             }
             ctx.save_for_backward(*tensors.values())
             ctx.names = tuple(tensors)
-            ctx.rest = replace(saved, **dict.fromkeys(tensors))
+            emptied: dict[str, Any] = dict.fromkeys(tensors)
+            ctx.rest = replace(saved, **emptied)
         return y
 
     @staticmethod

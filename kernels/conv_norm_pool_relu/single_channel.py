@@ -68,17 +68,16 @@ class Plan:
         # A group's columns: its 2 gradients, then 2 for each of its taps.
         self.own_column = 2 * (group_of + self.group_first[group_of]) + place_of
         self.tap_column = self.slots + 2 * (group_of[channel] + 1)
-        self._offsets: dict[tuple[int, int], Tensor] = {}
+        self._offsets = (0, 0), self.group_taps
 
     def offsets(self, row: int, plane: int) -> Tensor:
         """Bytes from a filter's first voxel to that of each group's taps; row, plane in bytes."""
-        found = self._offsets.get((row, plane))
-        if found is None:
-            taps = self.group_taps
-            d, h, w = taps // 9, taps // 3 % 3, taps % 3
+        key, found = self._offsets
+        if key != (row, plane):
+            d, h, w = self.group_taps // 9, self.group_taps // 3 % 3, self.group_taps % 3
             found = d * plane + h * row + w * 4
-            # Other threads may replace it meanwhile.
-            self._offsets = {(row, plane): found}
+            # In one assignment: other threads may use this plan for other grids.
+            self._offsets = (row, plane), found
         return found
 
     def group_weights(self, weights: Tensor) -> Tensor:
@@ -89,7 +88,7 @@ class Plan:
 
 
 def _starts(counts: Tensor) -> Tensor:
-    starts = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=counts.device)
+    starts = torch.zeros(counts.numel() + 1, dtype=torch.int64)
     torch.cumsum(counts, 0, out=starts[1:])
     return starts
 
@@ -98,7 +97,7 @@ def _groups(flat: Tensor) -> list[tuple[int, int]]:
     """Pair each channel with the one that shares most taps with it, if that pays."""
     shared = (flat.float() @ flat.float().T).fill_diagonal_(0.0)
     counts = flat.sum(1).tolist()
-    free = torch.ones(len(counts), device=flat.device)
+    free = torch.ones(len(counts))
     groups = []
     # Those with many taps choose first.
     for channel in sorted(range(len(counts)), key=lambda c: -counts[c]):
@@ -192,7 +191,7 @@ def forward(
     gram = x.new_empty(n, 27, 27, dtype=torch.float64)
     boxes = x.new_empty(n, 27, dtype=torch.float64)
     moments = x.new_empty(n, channels, 2, dtype=torch.float64)
-    verdicts = x.new_empty(n, dtype=torch.int64)
+    verdicts = torch.empty(n, dtype=torch.int64)
     weights = weight.detach().reshape(-1)[plan.positions]
     job = statistics.pad.job(
         n=n, depth=depth, height=height, width=width, pitch=pitch, lead=lead, slack=slack,

@@ -4,8 +4,6 @@ Runs after `single_channel_gram`, which knows each channel's mean and spread bef
 number of the full resolution is ever stored. Kernels are serial over numbered parts
 (`sparsekit.kernels.parallel`); a part is the slab of two planes that one plane of the output pools.
 """
-# The type checkers count the typing context among an intrinsic's arguments.
-# pyright: reportCallIssue=false
 
 import numba
 import numpy as np
@@ -106,13 +104,14 @@ def forward(job):  # pragma: no cover - compiled
                     continue
                 weights = float32_at(weights_at + 8 * begin)
                 at = sample * channels + one
-                mean, mean_rest, rstd = _rounded(moments[2 * at], moments[2 * at + 1])
+                # A mean far beyond the spread would need more digits: such calls do not come here.
+                mean, rstd = np.float32(moments[2 * at]), np.float32(moments[2 * at + 1])
                 # Rows of the output from the first channel to the second and to the next group's.
                 offsets = int64_at(offsets_at + 8 * begin)
                 ahead, ahead_two = _next(members, group, groups, channel_rows)
                 apart = (two - one) * channel_rows if two >= 0 else 0
                 at += two - one if two >= 0 else 0
-                mean_two, mean_rest_two, rstd_two = _rounded(moments[2 * at], moments[2 * at + 1])
+                mean_two, rstd_two = np.float32(moments[2 * at]), np.float32(moments[2 * at + 1])
                 for h in range(band_start, band_end):
                     source = slab + 2 * h * row
                     for w in range(0, width, LANES):
@@ -142,7 +141,6 @@ def forward(job):  # pragma: no cover - compiled
                                 upper_two,
                                 lower_two,
                                 mean_two,
-                                mean_rest_two,
                                 rstd_two,
                                 target + apart * width * 4,
                                 winner + apart * winner_pitch if winner != 0 else 0,
@@ -154,17 +152,8 @@ def forward(job):  # pragma: no cover - compiled
                                 weight = weights[2 * k]
                                 upper = add_product(upper, weight, address, row, 2, 2)
                                 lower = add_product(lower, weight, address + plane, row, 2, 2)
-                        store_window_maxima(
-                            upper, lower, mean, mean_rest, rstd, target, winner, width - w
-                        )
+                        store_window_maxima(upper, lower, mean, rstd, target, winner, width - w)
         part = take(job)
-
-
-@numba.njit
-def _rounded(mean, rstd):  # pragma: no cover - compiled
-    """Give the mean as a sum of two float32 numbers, and 1 / spread as one."""
-    high = np.float32(mean)
-    return high, np.float32(mean - np.float64(high)), np.float32(rstd)
 
 
 @numba.njit

@@ -10,10 +10,11 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.datamodel import models
-from numba.extending import intrinsic, register_model
+from numba.extending import register_model
 from numba.np import arrayobj
 
 from sparsekit.kernels import vector_ir
+from sparsekit.kernels.intrinsics import intrinsic
 from sparsekit.kernels.vector import LANES, Tile
 
 DOUBLE_LANES = LANES // 2
@@ -102,7 +103,7 @@ float64_at = _array_at("float64_at", types.float64)
 int64_at = _array_at("int64_at", types.int64)
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def stack_bytes(typing_context: Any, count: Any) -> Any:
     """Address of ``count`` bytes on this thread's stack, aligned to 64; they are not cleared."""
     count_ = count.literal_value
@@ -116,13 +117,12 @@ def stack_bytes(typing_context: Any, count: Any) -> Any:
     return types.int64(count), generate
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def store_window_maxima(
     typing_context: Any,
     upper: Any,
     lower: Any,
     mean: Any,
-    mean_rest: Any,
     rstd: Any,
     y: Any,
     winner: Any,
@@ -131,7 +131,7 @@ def store_window_maxima(
     """Pool, normalise and cut off below 0; store ``count`` results, at most one vector.
 
     ``upper`` and ``lower`` are tiles of 2 x 2 vectors: two rows of a plane and of the next one. The
-    result is ``max(0, (maximum - mean - mean_rest) * rstd)``. The winner's number (0 to 7 in C
+    result is ``max(0, (maximum - mean) * rstd)``. The winner's number (0 to 7 in C
     order, plus `DEAD` where the result is 0) is stored as a byte for every lane unless ``winner``
     is 0.
     """
@@ -159,28 +159,27 @@ def store_window_maxima(
         )
         best = builder.select(odd_wins, odd[0], even[0])
         number = builder.select(odd_wins, builder.or_(odd[1], _everywhere(1)), even[1])
-        splat = [vector_ir.splat(builder, args[i]) for i in (2, 3, 4)]
-        best = builder.fsub(builder.fsub(best, splat[0]), splat[1])
-        best = builder.fmul(best, splat[2])
+        best = builder.fsub(best, vector_ir.splat(builder, args[2]))
+        best = builder.fmul(best, vector_ir.splat(builder, args[3]))
         zero = ir.Constant(_VECTOR, [0.0] * LANES)
         alive = builder.fcmp_ordered(">", best, zero)
         best = builder.select(alive, best, zero)
-        address = builder.inttoptr(args[5], _VECTOR.as_pointer())
-        mask = _first_lanes(builder, args[7])
+        address = builder.inttoptr(args[4], _VECTOR.as_pointer())
+        mask = _first_lanes(builder, args[6])
         _call(
             builder,
             f"llvm.masked.store.v{LANES}f32.p0",
             ir.VoidType(),
             [best, address, _I32(4), mask],
         )
-        with builder.if_then(builder.icmp_signed("!=", args[6], _I64(0))):
+        with builder.if_then(builder.icmp_signed("!=", args[5], _I64(0))):
             number = builder.select(alive, number, builder.or_(number, _everywhere(DEAD)))
-            place = builder.inttoptr(args[6], _BYTES.as_pointer())
+            place = builder.inttoptr(args[5], _BYTES.as_pointer())
             builder.store(builder.trunc(number, _BYTES), place).align = 1
         return context.get_dummy_value()
 
     f32, i64 = types.float32, types.int64
-    return types.void(upper, lower, f32, f32, f32, i64, i64, i64), generate
+    return types.void(upper, lower, f32, f32, i64, i64, i64), generate
 
 
 def _maximum_of_rows(builder: Any, rows: list[Any]) -> tuple[Any, Any]:
@@ -237,7 +236,7 @@ def gradient_at_winners(typing_context: Any, grad_y: Any, winner: Any, count: An
     return _AT_WINNERS(types.int64, types.int64, types.int64), generate
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def dot(typing_context: Any, tile: Any, address: Any, row: Any, a: Any, b: Any) -> Any:
     """Products of a tile and the tile in memory, summed over vectors (not lanes): one vector."""
     a_, b_ = a.literal_value, b.literal_value
@@ -274,7 +273,7 @@ def add_to_memory(typing_context: Any, address: Any, x: Any, y: Any) -> Any:
     return types.void(types.int64, x, y), generate
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def double_zeros(typing_context: Any, count: Any) -> Any:
     """Return a tile of ``count`` vectors of float64 zeros."""
     kind = DoubleTile(count.literal_value)
@@ -286,7 +285,7 @@ def double_zeros(typing_context: Any, count: Any) -> Any:
     return kind(count), generate
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def add_lag_products(
     typing_context: Any, tile: Any, base: Any, partner: Any, row: Any, rows: Any
 ) -> Any:

@@ -10,13 +10,15 @@ for ahead. Weights are taken in blocks of channels whose planes stay in a cache.
 from functools import cache
 from typing import Any
 
-import numba
 import numpy as np
 
 from sparsekit.kernels.compiled import Kernel, kernel
 from sparsekit.kernels.masked_conv3d.record import record
+from sparsekit.kernels.masked_conv3d.rows import (
+    clear_rows,
+    stream_numbers,
+)
 from sparsekit.kernels.memory import (
-    clear_bytes,
     load_byte,
     load_float,
     load_int,
@@ -28,14 +30,12 @@ from sparsekit.kernels.vector import (
     add_lane_sums,
     add_product,
     add_product_and_dot,
-    copy_first,
-    copy_vector,
     filled,
+    leave_tile,
     load_tile,
     prefetch,
     store_tile,
     stream_tile,
-    stream_vector,
 )
 
 WAITING = 128
@@ -50,85 +50,15 @@ FORWARD = record(
     "samples", "blocks", "c_in", "c_out", "channel_parts", "tile_parts", "steps", "sequence",
     "x_sample", "x_channel", "x_plane", "ahead", "y_sample", "y_channel", "y_plane",
     "scratch_part", "out_depth", "out_height", "out_width", "pitch", "dense", "stream",
+    "lanes", "firsts",
 )  # fmt: skip
 BACKWARD = record(
     "g", "x", "dx", "starts", "offsets", "values", "sums", "scratch", "active",
     "samples", "blocks", "c_out", "rows", "edges", "tile_parts", "row_parts", "steps", "sequence",
     "g_sample", "g_channel", "g_plane", "ahead", "x_sample", "x_channel", "x_plane",
     "dx_sample", "dx_channel", "dx_plane", "sums_part", "scratch_part",
-    "depth", "height", "width", "pitch", "dense",
+    "depth", "dense", "lanes", "firsts",
 )  # fmt: skip
-
-
-@numba.njit
-def _copy_rows(target, source, first, count, pitch, height, width):  # pragma: no cover - compiled
-    """Copy what of a plane's flat numbers first..first+count are voxels to rows without gaps.
-
-    Whole vectors are read from ``source``, also at its end. Returns how many numbers were copied;
-    they stand one after another, from voxel ``_voxels_before(first, ...)`` of the plane on.
-    """
-    row = first // pitch
-    begin = row * pitch
-    copied = 0
-    while begin < first + count and row < height:
-        low = max(begin, first)
-        left = min(begin + width, first + count) - low
-        place = source + 4 * (low - first)
-        while left >= LANES:
-            copy_vector(target, place)
-            target += VECTOR_BYTES
-            place += VECTOR_BYTES
-            left -= LANES
-            copied += LANES
-        if left > 0:
-            copy_first(target, place, left)
-            target += 4 * left
-            copied += left
-        row += 1
-        begin += pitch
-    return copied
-
-
-@numba.njit
-def _voxels_before(first, pitch, height, width):  # pragma: no cover - compiled
-    """How many voxels of a plane have a flat number below ``first``."""
-    row = min(first // pitch, height)
-    return row * width + min(first - row * pitch, width) if row < height else height * width
-
-
-@numba.njit
-def _stream_rows(
-    target, source, first, count, pitch, height, width, line
-):  # pragma: no cover - compiled
-    """Do as `_copy_rows`, past the caches; ``line`` is scratch memory, aligned to vectors."""
-    shift = target % VECTOR_BYTES
-    copied = 4 * _copy_rows(line + shift, source, first, count, pitch, height, width)
-    place = line + shift
-    head = min(copied, (VECTOR_BYTES - shift) % VECTOR_BYTES)
-    copy_first(target, place, head // 4)
-    target += head
-    place += head
-    copied -= head
-    while copied >= VECTOR_BYTES:
-        stream_vector(target, place)
-        target += VECTOR_BYTES
-        place += VECTOR_BYTES
-        copied -= VECTOR_BYTES
-    copy_first(target, place, copied // 4)
-
-
-@numba.njit
-def _clear_rows(target, first, count, pitch, height, width):  # pragma: no cover - compiled
-    """Set what of a plane's flat numbers first..first+count are voxels to 0."""
-    row = first // pitch
-    begin = row * pitch
-    while begin < first + count and row < height:
-        low = max(begin, first)
-        high = min(begin + width, first + count)
-        if high > low:
-            clear_bytes(target + 4 * (row * width + low - begin), 4 * (high - low))
-        row += 1
-        begin += pitch
 
 
 @cache
@@ -138,6 +68,7 @@ def forward(a: int, b: int) -> Kernel:
     lines = b + 7
     tile_bytes = count * VECTOR_BYTES
     row_bytes = b * VECTOR_BYTES
+    line_bytes = row_bytes + VECTOR_BYTES
 
     @kernel(FORWARD)
     def masked_conv3d_forward(job: Any) -> None:  # pragma: no cover - compiled
@@ -152,9 +83,8 @@ def forward(a: int, b: int) -> Kernel:
         part = take(job)
         while part < job.parts:
             scratch = job.scratch + part * job.scratch_part
-            # The end of the scratch memory holds results on their way to rows.
-            rows = scratch + job.scratch_part - 2 * tile_bytes - 4 * VECTOR_BYTES
-            line = rows + tile_bytes + 2 * VECTOR_BYTES
+            # The end of the scratch memory holds rows on their way past the caches.
+            line = scratch + job.scratch_part - a * line_bytes
             chunk = part % tile_parts
             slab = part // tile_parts % channel_parts
             sample = part // (tile_parts * channel_parts)
@@ -166,11 +96,14 @@ def forward(a: int, b: int) -> Kernel:
                 source = job.x + sample * job.x_sample + plane * x_plane + tile * row_bytes
                 target = job.y + sample * job.y_sample + plane * y_plane
                 first = tile * b * LANES
-                before = 4 * _voxels_before(first, pitch, out_height, out_width)
+                lanes = job.lanes + 2 * tile * b
+                before = load_int(job.firsts + 4 * tile)
+                voxels = load_int(job.firsts + 4 * tile + 4) - before
+                before *= 4
                 if active != 0 and load_byte(active + sample * sequence + s) == 0:
                     for o in range(o_begin, o_end):
                         for i in range(min(a, out_depth - plane)):
-                            _clear_rows(
+                            clear_rows(
                                 target + o * y_channel + i * y_plane,
                                 first, b * LANES, pitch, out_height, out_width,
                             )  # fmt: skip
@@ -207,19 +140,16 @@ def forward(a: int, b: int) -> Kernel:
                             else:
                                 store_tile(total, place, y_plane, a, b)
                         else:
-                            store_tile(total, rows, row_bytes, a, b)
-                            for i in range(min(a, out_depth - plane)):
-                                place = target + o * y_channel + i * y_plane + before
-                                if stream != 0:
-                                    _stream_rows(
-                                        place, rows + i * row_bytes, first, b * LANES,
-                                        pitch, out_height, out_width, line,
-                                    )  # fmt: skip
-                                else:
-                                    _copy_rows(
-                                        place, rows + i * row_bytes, first, b * LANES,
-                                        pitch, out_height, out_width,
-                                    )  # fmt: skip
+                            place = target + o * y_channel + before
+                            left = out_depth - plane
+                            if stream == 0:
+                                leave_tile(total, place, y_plane, lanes, left, a, b)
+                            else:
+                                leave_tile(total, line, line_bytes, lanes, left, a, b)
+                                for i in range(min(a, left)):
+                                    stream_numbers(
+                                        place + i * y_plane, line + i * line_bytes, voxels
+                                    )
             part = take(job)
 
     return masked_conv3d_forward
@@ -247,12 +177,11 @@ def backward(a: int, b: int) -> Kernel:
         dx_channel, dx_plane = job.dx_channel, job.dx_plane
         steps, sequence, active = job.steps, job.sequence, job.active
         tile_parts = job.tile_parts
-        depth, height, width, pitch, dense = job.depth, job.height, job.width, job.pitch, job.dense
+        depth, dense = job.depth, job.dense
         part = take(job)
         while part < job.parts:
             scratch = job.scratch + part * job.scratch_part
             products = scratch + job.scratch_part - WAITING * VECTOR_BYTES
-            leaving = products - tile_bytes - VECTOR_BYTES
             chunk = part % tile_parts
             slab = part // tile_parts
             sums = job.sums + chunk * job.sums_part
@@ -269,8 +198,8 @@ def backward(a: int, b: int) -> Kernel:
                 g = job.g + sample * job.g_sample + plane * g_plane + tile * row_bytes
                 x = job.x + sample * job.x_sample + plane * x_plane + tile * row_bytes
                 dx = job.dx + sample * job.dx_sample + plane * dx_plane
-                first = tile * b * LANES
-                before = 4 * _voxels_before(first, pitch, height, width)
+                lanes = job.lanes + 2 * tile * b
+                before = 4 * load_int(job.firsts + 4 * tile)
                 used = active == 0 or load_byte(active + n) != 0
                 for block in range(blocks):
                     for r in range(r_begin, r_end):
@@ -319,13 +248,8 @@ def backward(a: int, b: int) -> Kernel:
                                     total, dx + r * dx_channel + tile * row_bytes, dx_plane, a, b
                                 )
                             else:
-                                store_tile(total, leaving, row_bytes, a, b)
-                                for i in range(min(a, depth - plane)):
-                                    _copy_rows(
-                                        dx + r * dx_channel + i * dx_plane + before,
-                                        leaving + i * row_bytes,
-                                        first, b * LANES, pitch, height, width,
-                                    )  # fmt: skip
+                                place = dx + r * dx_channel + before
+                                leave_tile(total, place, dx_plane, lanes, depth - plane, a, b)
             part = take(job)
 
     return masked_conv3d_backward

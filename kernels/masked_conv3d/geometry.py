@@ -19,6 +19,8 @@ from functools import lru_cache
 
 from sparsekit.types import Size3
 
+CHANNELS_AT_ONCE = 4
+"""Output channels that share a loaded vector where most weights are kept."""
 # Registers beside a tile: a broadcast weight, a loaded vector, and one to spare.
 _OTHER_REGISTERS = 3
 # Vectors that one step through a tile's list costs beside its products.
@@ -100,6 +102,8 @@ class Geometry:
     """The gradient of the input as the tiles write it, in the coordinates of `source`."""
     forward: Tiling
     backward: Tiling
+    grouped: Tiling
+    """Of the forward pass where several output channels share what is loaded."""
     source_taps: tuple[int, ...]
     """Offset in `source` of each tap, from the tap's class on."""
     gradient_taps: tuple[int, ...]
@@ -166,9 +170,19 @@ def geometry(
         out[0], (out[1] - 1) * pitch + out[2], lanes, registers - _OTHER_REGISTERS
     )
     backward = _choose_tiling(
-        size[0], (size[1] - 1) * pitch + size[2], lanes, (registers - _OTHER_REGISTERS) // 2
+        size[0],
+        (size[1] - 1) * pitch + size[2],
+        lanes,
+        (registers - _OTHER_REGISTERS) // 2,
     )
-    forward_span = forward.per_plane * forward.columns * lanes
+    grouped = _choose_tiling(
+        out[0],
+        (out[1] - 1) * pitch + out[2],
+        lanes,
+        (registers - CHANNELS_AT_ONCE - _OTHER_REGISTERS + 1) // CHANNELS_AT_ONCE,
+    )
+    forward_span = max(t.per_plane * t.columns * lanes for t in (forward, grouped))
+    forward_planes = max(forward.planes, grouped.planes)
     backward_span = backward.per_plane * backward.columns * lanes
 
     def whole_vectors(n: int) -> int:
@@ -204,7 +218,7 @@ def geometry(
             gradient_interior + back[0] * gradient_plane + back[1] * pitch + back[2]
         )
 
-    source_end = (forward.planes - 1) * plane + forward_span + max(taps)
+    source_end = (forward_planes - 1) * plane + forward_span + max(taps)
     source_end = max(source_end, interior + (backward.planes - 1) * plane + backward_span)
     gradient_end = (backward.planes - 1) * gradient_plane + backward_span + max(gradient_taps)
     if resident:
@@ -227,11 +241,12 @@ def geometry(
         ),
         # Readers of the target's rows take whole vectors, also at its end.
         target=padded(
-            shape.c_out, target_plane, forward.planes, 0, target_plane * forward.planes + 2 * lanes
+            shape.c_out, target_plane, forward_planes, 0, target_plane * forward_planes + 2 * lanes
         ),
         source_gradient=padded(source_channels, dx_plane, backward.planes, 0, 0),
         forward=forward,
         backward=backward,
+        grouped=grouped,
         source_taps=tuple(taps),
         gradient_taps=tuple(gradient_taps),
         tap_classes=tuple(classes_of),

@@ -56,6 +56,8 @@ class Plan:
     """Lists of one mask for one geometry."""
 
     geometry: Geometry
+    mask: Tensor
+    density: float
     forward: WeightList
     """Rows are output channels, blocks are ranges of input channels of a group."""
     backward: WeightList
@@ -165,6 +167,8 @@ def build(mask: Tensor, geometry: Geometry, forward_block: int, backward_block: 
     parallel.run(_lists.address, job, 1)
     return Plan(
         geometry,
+        mask,
+        entries / mask.numel(),
         WeightList(f_rows // shape.c_out, shape.c_out, f_starts, lists[0], lists[1]),
         WeightList(b_rows // rows, rows, b_starts, lists[2], lists[3]),
     )

@@ -7,9 +7,16 @@ from torch import Tensor
 
 from sparsekit.kernels import buffers, parallel
 from sparsekit.kernels.compiled import Kernel
-from sparsekit.kernels.masked_conv3d import cpu, layout
-from sparsekit.kernels.masked_conv3d.geometry import Geometry, Grid, Shape, geometry
+from sparsekit.kernels.masked_conv3d import cpu, grouped, layout
+from sparsekit.kernels.masked_conv3d.geometry import (
+    CHANNELS_AT_ONCE,
+    Geometry,
+    Grid,
+    Shape,
+    geometry,
+)
 from sparsekit.kernels.masked_conv3d.plan import Plan, PlanCache, build
+from sparsekit.kernels.masked_conv3d.rows import row_table
 from sparsekit.kernels.vector import LANES, REGISTERS, VECTOR_BYTES
 from sparsekit.types import Size3
 
@@ -18,6 +25,9 @@ from sparsekit.types import Size3
 _FIRST_CACHE_BYTES = 32 << 10
 _SECOND_CACHE_BYTES = 384 << 10
 _LEAST_ENTRIES = 6.0
+# Share of kept weights above which the zeros are computed as well: a list reads a vector for each
+# multiply-add, a group of channels for four.
+_GROUPED_DENSITY = 0.6
 # Work below which a second thread costs more than it brings, in multiply-adds.
 _WORK_PER_THREAD = 1 << 18
 _BYTES_PER_THREAD = 1 << 18
@@ -141,6 +151,19 @@ def _threads(plan: Plan, samples: int) -> int:
     return parallel.thread_count(plan.forward.entries * vectors * LANES, _WORK_PER_THREAD)
 
 
+def _takes_grouped(plan: Plan, active: Tensor | None) -> bool:
+    """Whether several output channels at a time, zeros included, are faster than a list."""
+    layout_ = plan.geometry
+    return (
+        plan.density > _GROUPED_DENSITY
+        and active is None
+        and layout_.shape.groups == 1
+        and layout_.classes == (1, 1, 1)
+        and layout_.shape.c_out >= CHANNELS_AT_ONCE
+        and REGISTERS >= 32
+    )
+
+
 def forward(
     padded: Tensor,
     weight: Tensor,
@@ -180,13 +203,17 @@ def forward(
     if y.numel() == 0:
         return y
     threads = _threads(plan, samples)
+    if _takes_grouped(plan, active):
+        _forward_grouped(padded, weight, bias, plan, samples, y, dense, threads)
+        return y
     values = _gather(weight, entries.index, threads)
     sequence = tiling.tiles
     tile_parts, channel_parts = _split(threads, sequence, samples, shape.c_out)
     tile_bytes = tiling.rows * tiling.columns * VECTOR_BYTES
     slab = -(-shape.c_out // channel_parts) if entries.blocks > 1 else 0
     parts = tile_parts * channel_parts * samples
-    scratch_part = (slab + 2) * tile_bytes + 4 * VECTOR_BYTES
+    scratch_part = slab * tile_bytes + tiling.rows * (tiling.columns + 1) * VECTOR_BYTES
+    table = row_table(tiling, layout_.pitch, out_h, out_w)
     scratch = buffers.empty((parts * scratch_part // 4,))
     kernel = cpu.forward(tiling.rows, tiling.columns)
     job = kernel.job(
@@ -202,9 +229,57 @@ def forward(
         scratch_part=scratch_part, out_depth=out_d, out_height=out_h, out_width=out_w,
         pitch=layout_.pitch, dense=int(dense),
         stream=int(4 * y.numel() > _STREAM_BYTES),
+        lanes=table.lanes.ctypes.data, firsts=table.firsts.ctypes.data,
     )  # fmt: skip
     parallel.run(kernel.address, job, threads)
     return y
+
+
+def _forward_grouped(
+    padded: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, samples: int, y: Tensor,
+    dense: bool, threads: int,
+) -> None:  # fmt: skip
+    layout_, shape = plan.geometry, plan.geometry.shape
+    tiling, source, target = layout_.grouped, layout_.source, layout_.target
+    out_d, out_h, out_w = shape.out
+    rows = -(-shape.c_out // CHANNELS_AT_ONCE)
+    columns = weight[0].numel()
+    packed = buffers.empty((rows * CHANNELS_AT_ONCE * columns,))
+    parallel.run(
+        grouped.pack_weights.address,
+        grouped.pack_weights.job(
+            parts=rows, weight=weight.data_ptr(), mask=plan.mask.data_ptr(),
+            packed=packed.data_ptr(), c_out=shape.c_out, columns=columns,
+        ),
+        threads,
+    )  # fmt: skip
+    start = np.zeros(rows * CHANNELS_AT_ONCE, np.float32)
+    if bias is not None:
+        start[: shape.c_out] = bias.numpy()
+    taps = np.array(layout_.source_taps, np.int32)
+    plane, channel, sample = target.plane, target.channel, target.sample
+    if dense:
+        plane, channel = out_h * out_w, out_d * out_h * out_w
+        sample = shape.c_out * channel
+    # Small maps have few tiles: as many parts as there can be.
+    tile_parts = min(tiling.tiles, -(-8 * threads // samples))
+    tile_bytes = tiling.rows * tiling.columns * VECTOR_BYTES
+    scratch_part = (CHANNELS_AT_ONCE + 1) * tile_bytes + tiling.rows * VECTOR_BYTES
+    table = row_table(tiling, layout_.pitch, out_h, out_w)
+    scratch = buffers.empty((tile_parts * samples * scratch_part // 4,))
+    kernel = grouped.forward(tiling.rows, tiling.columns)
+    job = kernel.job(
+        parts=tile_parts * samples, x=padded.data_ptr(), y=y.data_ptr(),
+        weights=packed.data_ptr(), bias=start.ctypes.data, taps=taps.ctypes.data,
+        tap_count=len(taps), scratch=scratch.data_ptr(), c_in=shape.c_in, c_out=shape.c_out,
+        tile_parts=tile_parts, steps=tiling.planes // tiling.rows, sequence=tiling.tiles,
+        x_sample=4 * source.sample, x_channel=4 * source.channel, x_plane=4 * source.plane,
+        y_sample=4 * sample, y_channel=4 * channel, y_plane=4 * plane,
+        scratch_part=scratch_part, out_depth=out_d, dense=int(dense),
+        stream=int(4 * y.numel() > _STREAM_BYTES), lanes=table.lanes.ctypes.data,
+        firsts=table.firsts.ctypes.data,
+    )  # fmt: skip
+    parallel.run(kernel.address, job, threads)
 
 
 def _ahead(grid: Grid, rows: int, furthest: int, samples: int) -> int:
@@ -265,6 +340,7 @@ class BackwardPass:
         self._sums_part = entries.entries + cpu.SUMS_AT_ONCE * (lists + 1)
         self._sums = np.zeros(self.threads * self._sums_part, np.float32)
         self._kernel = cpu.backward(tiling.rows, tiling.columns)
+        self._table = row_table(tiling, layout_.pitch, h, w)
         self._job = self._kernel.job(
             starts=entries.starts.ctypes.data, offsets=entries.offsets.ctypes.data,
             values=self._values.ctypes.data, sums=self._sums.ctypes.data, blocks=entries.blocks,
@@ -273,8 +349,8 @@ class BackwardPass:
             ahead=_ahead(layout_.gradient, tiling.rows, max(layout_.gradient_taps), samples),
             x_sample=4 * layout_.source.sample, x_channel=4 * layout_.source.channel,
             x_plane=4 * layout_.source.plane, dx_sample=4 * sample, dx_channel=4 * channel,
-            dx_plane=4 * plane, sums_part=4 * self._sums_part, height=h, width=w,
-            pitch=layout_.pitch, dense=int(not self.strided),
+            dx_plane=4 * plane, sums_part=4 * self._sums_part, dense=int(not self.strided),
+            lanes=self._table.lanes.ctypes.data, firsts=self._table.firsts.ctypes.data,
         )  # fmt: skip
 
     def run(
@@ -305,7 +381,7 @@ class BackwardPass:
         edges = entries.edges(row_parts)
         tile_bytes = tiling.rows * tiling.columns * VECTOR_BYTES
         slab = int((edges[1:] - edges[:-1]).max()) if entries.blocks > 1 else 0
-        scratch_part = (slab + 1) * tile_bytes + (1 + cpu.WAITING) * VECTOR_BYTES
+        scratch_part = slab * tile_bytes + cpu.WAITING * VECTOR_BYTES
         scratch = buffers.empty((tile_parts * row_parts * scratch_part // 4,))
         job["parts"] = tile_parts * row_parts
         job["g"] = gradient.data_ptr()

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from sparsekit.errors import ArgumentError
 from sparsekit.kernels import parallel
+from sparsekit.kernels.blocks import LANES
 from sparsekit.kernels.compiled import Kernel
 from sparsekit.kernels.topk_mask import passes
-from sparsekit.kernels.vectors import LANES
 
 Table = npt.NDArray[np.uint64]
 

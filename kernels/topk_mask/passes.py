@@ -11,9 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from sparsekit.kernels.compiled import kernel
-from sparsekit.kernels.parallel import take
-from sparsekit.kernels.vectors import (
+from sparsekit.kernels.blocks import (
     LANES,
     bits_of_bools,
     bools_of_bits,
@@ -34,6 +32,8 @@ from sparsekit.kernels.vectors import (
     store_u64,
     vector_at,
 )
+from sparsekit.kernels.compiled import kernel
+from sparsekit.kernels.parallel import take
 
 PART = 1 << 14
 """Entries of a part: its values and bits stay in the level-2 cache between two looks."""

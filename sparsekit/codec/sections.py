@@ -24,7 +24,7 @@ Positions: TypeAlias = npt.NDArray[np.intp]
 CHUNK = 2**15
 
 # From this many elements on the compiled bitmap kernels are faster than NumPy, and worth loading.
-KERNEL_ELEMENTS = 2**16
+KERNEL_ELEMENTS = 2**17
 
 
 @dataclass(frozen=True, slots=True)

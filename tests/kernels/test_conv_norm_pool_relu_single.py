@@ -1,6 +1,7 @@
 """The fused block for one input channel against torch's layers in float64."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -279,3 +280,18 @@ def test_sparse_random_shapes(compare: Compare) -> None:
         seed = int(random.integers(1 << 30))
         x = normal(samples, 1, d, h, w, seed=seed)
         check(compare, x, normal(channels, 1, 3, 3, 3, seed=seed + 1), mask, eps=0.1)
+
+
+def test_a_plan_may_be_used_by_several_threads_at_once() -> None:
+    mask, weight = keep(8, 100), normal(8, 1, 3, 3, 3, seed=2)
+    plan = Plan(mask)
+    inputs = [normal(1, 1, 12, 14, width) for width in (9, 40, 13, 70)]
+
+    def output(x: Tensor) -> Tensor:
+        return single_channel.forward(x, weight, plan, None, eps=EPS, threads=2)[0]
+
+    expected = [output(x) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            for got, alone in zip(pool.map(output, inputs), expected, strict=True):
+                assert torch.equal(got, alone)

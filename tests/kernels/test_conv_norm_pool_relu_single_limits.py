@@ -95,6 +95,24 @@ def test_a_gradient_that_is_not_finite_goes_where_torch_sends_it(value: float, a
     assert torch.equal(grad.isnan(), expected.isnan() & mask)
 
 
+def test_an_infinite_gradient_leaves_no_infinity() -> None:
+    """All terms of a tap's gradient have one sign here; torch subtracts a mean at each voxel."""
+    x = torch.where(torch.arange(8) % 2 == 0, 1.0, -1.0).expand(1, 1, 4, 6, 8).clone() - 0.2
+    x[0, 0, 1, 1, 2:4] = 3.0
+    mask = torch.zeros(1, 27, dtype=torch.bool)
+    mask[0, 13:15] = True
+    mask = mask.view(1, 1, 3, 3, 3)
+    weight = torch.full((1, 1, 3, 3, 3), 1.0)
+    weight[0, 0, 1, 1, 2] = 0.1
+    grad_y = torch.zeros(1, 1, 2, 3, 4)
+    grad_y[0, 0, 0, 0, 1] = float("inf")
+    _, grad, _, saved = run(x, weight, mask, None, grad_y)
+    assert isinstance(saved, Saved)
+    expected = torch_layers(x, weight, mask, None, grad_y)[1]
+    assert bool(expected[mask].isnan().all())
+    assert bool(grad[mask].isnan().all())
+
+
 @pytest.mark.parametrize(
     ("mean", "spread"),
     [
