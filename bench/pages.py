@@ -262,8 +262,8 @@ def _roofline(rows: Sequence[Row], machine: Mapping[str, Any]) -> str:
         f"{2 * limits.forward / 1e9:.0f} GFLOP/s forward, with one load from the first cache for "
         f"each multiply-add; {2 * limits.backward / 1e9:.0f} GFLOP/s backward, where a loaded "
         f"vector serves both gradients; {limits.stream / 1e9:.0f} GB/s to and from memory. FLOPs "
-        "count unpruned weights only, 2 for each output voxel and pass. Bytes are the layer's tensors, "
-        "each once; the padded copies that the kernels work on come on top. `limit` names the "
+        "count unpruned weights only, 2 for each output voxel and pass. Bytes are the layer's "
+        "tensors, each once; the padded copies that the kernels work on come on top. `limit` names the "
         "larger of the two least times and its share of the measured time: the rest is loads that "
         "miss the first cache, padding between rows, packing, and the start of a call."
     )
