@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from monai.networks.nets import BasicUNet, DenseNet, SegResNet, UNet
+from monai.networks.nets.basic_unet import BasicUNet
+from monai.networks.nets.densenet import DenseNet
+from monai.networks.nets.segresnet import SegResNet
+from monai.networks.nets.unet import UNet
 from torch import Tensor, nn
 
 from sparsekit import explain, prune, sparsify

@@ -256,10 +256,7 @@ def at_once(work: Callable[[int], object]) -> list[Any]:
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
-        own = [
-            threading.Thread(target=lambda i=i: found.setdefault(i, work(i)))  # type: ignore[misc]
-            for i in range(4)
-        ]
+        own = [threading.Thread(target=lambda i=i: found.setdefault(i, work(i))) for i in range(4)]
         for thread in own:
             thread.start()
         for thread in own:
