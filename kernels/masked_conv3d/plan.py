@@ -195,7 +195,7 @@ class PlanCache:
         if not mask.is_contiguous():
             return torch.equal(self.mask, mask)
         # Some 15 times faster than torch.equal, which compares byte by byte.
-        return _memcmp(self.mask.data_ptr(), mask.data_ptr(), mask.numel()) == 0
+        return not int(_memcmp(self.mask.data_ptr(), mask.data_ptr(), mask.numel()))
 
     @classmethod
     def of(cls, mask: Tensor) -> "PlanCache":
