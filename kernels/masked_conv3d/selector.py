@@ -1,0 +1,103 @@
+"""Which path a convolution takes on the CPU where the caller leaves it open.
+
+The choice is a function of the layer's sizes, the mask's density, the gradients that are wanted and
+the number of threads, through coefficients that are part of the package: nothing is timed while a
+program runs, so that a run and its repetition take the same paths.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from sparsekit.kernels.masked_conv3d import cost
+from sparsekit.kernels.masked_conv3d.cost import Call, Gradients, Op
+from sparsekit.kernels.masked_conv3d.geometry import Shape
+from sparsekit.kernels.masked_conv3d.plan import PlanCache
+from sparsekit.kernels.masked_conv3d.run import shape_of
+from sparsekit.types import Size3
+
+_PASSES: dict[Gradients, str] = {
+    "none": "forward",
+    "weight": "forward and weight gradient",
+    "input": "forward and input gradient",
+    "both": "forward and both gradients",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A choice and the predictions behind it."""
+
+    dense: bool
+    """Whether torch's dense convolution is taken."""
+    dense_forward: bool
+    """Whether the forward pass computes pruned weights: true of all that is dense, and of kernels
+    that do so where most weights are kept."""
+    kernel_seconds: float
+    dense_seconds: float
+    reason: str
+
+
+@lru_cache(maxsize=4096)
+def decide(call: Call, density: float) -> Decision:
+    """Choose between the kernels and torch's dense convolution.
+
+    The kernels have to be predicted faster by the model's own margin of error. What is chosen for
+    a density is chosen for every lower one if it is the kernels.
+    """
+    kernels, dense = cost.kernel_seconds(call, density), cost.dense_seconds(call)
+    takes_dense = kernels * cost.margin() > dense
+    grouped = not call.single_channel and cost.grouped_pays(call.shape, density)
+    reason = (
+        f"{_PASSES[call.gradients]} predicted at density {density:.3g}: "
+        f"kernels {_text(kernels)}, dense {_text(dense)}"
+    )
+    return Decision(takes_dense, takes_dense or grouped, kernels, dense, reason)
+
+
+def decide_for(
+    op: Op,
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    *,
+    stride: Size3,
+    padding: Size3,
+    dilation: Size3,
+    groups: int,
+) -> Decision:
+    """Choose for tensors; arguments are those that `sparsekit.ops` checked, `x` not empty."""
+    shape = shape_of(x, weight, stride, padding, dilation, groups)
+    gradients = gradients_of(x, weight, bias)
+    return decide_shape(op, shape, x.shape[0], mask, gradients)
+
+
+def decide_shape(
+    op: Op, shape: Shape, samples: int, mask: Tensor, gradients: Gradients
+) -> Decision:
+    """Choose for a convolution with torch's present settings."""
+    return decide(
+        Call(op, shape, samples, gradients, torch.get_num_threads(), _has_onednn()),
+        PlanCache.of(mask).density,
+    )
+
+
+def gradients_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> Gradients:
+    """Which gradients a backward pass through a convolution of these would compute."""
+    if not torch.is_grad_enabled():
+        return "none"
+    own = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if x.requires_grad:
+        return "both" if own else "input"
+    return "weight" if own else "none"
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+
+
+def _text(seconds: float) -> str:
+    return f"{seconds * 1e6:.0f} us" if seconds < 1e-3 else f"{seconds * 1e3:.3g} ms"
