@@ -15,8 +15,9 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.datamodel import models
-from numba.extending import intrinsic, register_model
+from numba.extending import register_model
 
+from sparsekit.kernels.intrinsics import intrinsic
 from sparsekit.kernels.vector_ir import (
     F32,
     I8,
@@ -74,7 +75,7 @@ class _TileModel(models.PrimitiveModel):
         super().__init__(dmm, fe_type, ir.ArrayType(VECTOR, fe_type.count))  # type: ignore[no-untyped-call]
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def filled(typing_context: Any, count: Any, scalar: Any) -> Any:
     """Return a tile of ``count`` vectors with ``scalar`` (float32) in every lane."""
     kind = Tile(count.literal_value)
@@ -86,7 +87,7 @@ def filled(typing_context: Any, count: Any, scalar: Any) -> Any:
     return kind(count, types.float32), generate
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def load_tile(typing_context: Any, address: Any, row: Any, a: Any, b: Any) -> Any:
     """Return the tile that stands in memory at ``address``."""
     a_, b_ = a.literal_value, b.literal_value
@@ -99,7 +100,7 @@ def load_tile(typing_context: Any, address: Any, row: Any, a: Any, b: Any) -> An
     return Tile(a_ * b_)(types.int64, types.int64, a, b), generate
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def store_tile(typing_context: Any, tile: Any, address: Any, row: Any, a: Any, b: Any) -> Any:
     """Write a tile to memory at ``address``."""
     a_, b_ = a.literal_value, b.literal_value
@@ -114,7 +115,7 @@ def store_tile(typing_context: Any, tile: Any, address: Any, row: Any, a: Any, b
     return types.void(tile, types.int64, types.int64, a, b), generate
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def stream_tile(typing_context: Any, tile: Any, address: Any, row: Any, a: Any, b: Any) -> Any:
     """Write a tile past the caches; address and row must be multiples of `VECTOR_BYTES`.
 
@@ -134,7 +135,7 @@ def stream_tile(typing_context: Any, tile: Any, address: Any, row: Any, a: Any, 
     return types.void(tile, types.int64, types.int64, a, b), generate
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def add_product(
     typing_context: Any, tile: Any, scalar: Any, address: Any, row: Any, a: Any, b: Any
 ) -> Any:
@@ -157,7 +158,7 @@ def add_product(
     return tile(tile, types.float32, types.int64, types.int64, a, b), generate
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def add_products(
     typing_context: Any,
     tile: Any,
@@ -189,7 +190,7 @@ def add_products(
     return tile(tile, types.int64, types.int64, types.int64, a, b), generate
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def biased(typing_context: Any, address: Any, channels: Any, count: Any) -> Any:
     """Return ``channels`` tiles of ``count`` vectors in one, each full of its float32 number."""
     channels_, count_ = channels.literal_value, count.literal_value
@@ -206,7 +207,7 @@ def biased(typing_context: Any, address: Any, channels: Any, count: Any) -> Any:
     return kind(types.int64, channels, count), generate
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def add_product_and_dot(
     typing_context: Any,
     tile: Any,
@@ -243,7 +244,7 @@ def add_product_and_dot(
     return result(tile, other, types.float32, types.int64, types.int64, a, b), generate
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def add_lane_sums(typing_context: Any, source: Any, target: Any, count: Any) -> Any:
     """Add the sum over lanes of each of ``count`` vectors to ``count`` float32 numbers.
 
@@ -287,7 +288,7 @@ def _add_halves(builder: Any, x: Any, y: Any, run: int) -> Any:
     return builder.fadd(shuffle(builder, x, y, low), shuffle(builder, x, y, high))
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def prefetch(typing_context: Any, address: Any, lines: Any, write: Any) -> Any:
     """Ask for ``lines`` cache lines from ``address`` on; ``write`` is 1 if they will be written."""
     lines_, write_ = lines.literal_value, write.literal_value
@@ -305,7 +306,7 @@ def prefetch(typing_context: Any, address: Any, lines: Any, write: Any) -> Any:
     return types.void(types.int64, lines, write), generate
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def stream_vector(typing_context: Any, target: Any, source: Any) -> Any:
     """Copy one vector past the caches; ``target`` is a multiple of `VECTOR_BYTES`."""
 
@@ -319,7 +320,7 @@ def stream_vector(typing_context: Any, target: Any, source: Any) -> Any:
     return types.void(types.int64, types.int64), generate
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def copy_vector(typing_context: Any, target: Any, source: Any) -> Any:
     """Copy one vector of float32 numbers."""
 
@@ -331,7 +332,7 @@ def copy_vector(typing_context: Any, target: Any, source: Any) -> Any:
     return types.void(types.int64, types.int64), generate
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def copy_first(typing_context: Any, target: Any, source: Any, count: Any) -> Any:
     """Copy the first ``count`` numbers of a vector, of which the whole can be read."""
 
@@ -345,7 +346,7 @@ def copy_first(typing_context: Any, target: Any, source: Any, count: Any) -> Any
     return types.void(types.int64, types.int64, types.int64), generate
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def any_bits_outside(typing_context: Any, values: Any, mask: Any, vectors: Any) -> Any:
     """Tell whether float32 numbers at ``values`` have any bit set where the mask's byte is 0.
 

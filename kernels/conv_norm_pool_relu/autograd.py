@@ -56,7 +56,8 @@ class _SingleChannel(torch.autograd.Function):
             tensors = {name: t for name, t in vars(saved).items() if isinstance(t, Tensor)}
             ctx.save_for_backward(*tensors.values())
             ctx.names = tuple(tensors)
-            ctx.rest = replace(saved, **dict.fromkeys(tensors))
+            emptied: dict[str, Any] = dict.fromkeys(tensors)
+            ctx.rest = replace(saved, **emptied)
         return y
 
     @staticmethod

@@ -6,6 +6,8 @@ straight into the padded planes that its backward kernel reads.
 `sparsekit.kernels.masked_conv3d.geometry` has the layout, kernels/norm_pool_relu/README.md the
 formulas.
 """
+# numba.carray is documented, but not in the form that type checkers ask for.
+# pyright: reportPrivateImportUsage=false
 
 from typing import Any
 
@@ -85,7 +87,7 @@ def make_forward(eps: float) -> Any:
             x = job.x + part // job.channels * job.sample + part % job.channels * job.channel
             sums_place = job.scratch + 2 * VECTOR_BYTES * part
             clear_bytes(sums_place, 2 * VECTOR_BYTES)
-            y = numba.carray(floats(job.y + 4 * part * pooled), pooled)
+            y = numba.carray(floats(job.y + 4 * part * pooled), pooled)  # type: ignore[attr-defined]
             y_place = job.y + 4 * part * pooled
             winner_place = job.winner + part * pooled
             # Sums of differences to one voxel: little cancels as long as it lies near the mean.

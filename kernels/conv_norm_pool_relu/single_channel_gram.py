@@ -5,8 +5,6 @@ share (products of voxels by their distance, and the faces, which the border mak
 sums together into the Gram matrix of the 27 shifted inputs and take each channel's moments from it.
 README.md has the formulas. Kernels are serial over numbered parts (`sparsekit.kernels.parallel`).
 """
-# The type checkers count the typing context among an intrinsic's arguments.
-# pyright: reportCallIssue=false
 
 import numba
 import numpy as np

@@ -4,8 +4,6 @@ Runs after `single_channel_gram`, which knows each channel's mean and spread bef
 number of the full resolution is ever stored. Kernels are serial over numbered parts
 (`sparsekit.kernels.parallel`); a part is the slab of two planes that one plane of the output pools.
 """
-# The type checkers count the typing context among an intrinsic's arguments.
-# pyright: reportCallIssue=false
 
 import numba
 import numpy as np

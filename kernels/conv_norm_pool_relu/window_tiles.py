@@ -10,10 +10,11 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.datamodel import models
-from numba.extending import intrinsic, register_model
+from numba.extending import register_model
 from numba.np import arrayobj
 
 from sparsekit.kernels import vector_ir
+from sparsekit.kernels.intrinsics import intrinsic
 from sparsekit.kernels.vector import LANES, Tile
 
 DOUBLE_LANES = LANES // 2
@@ -102,7 +103,7 @@ float64_at = _array_at("float64_at", types.float64)
 int64_at = _array_at("int64_at", types.int64)
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def stack_bytes(typing_context: Any, count: Any) -> Any:
     """Address of ``count`` bytes on this thread's stack, aligned to 64; they are not cleared."""
     count_ = count.literal_value
@@ -116,7 +117,7 @@ def stack_bytes(typing_context: Any, count: Any) -> Any:
     return types.int64(count), generate
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def store_window_maxima(
     typing_context: Any,
     upper: Any,
@@ -235,7 +236,7 @@ def gradient_at_winners(typing_context: Any, grad_y: Any, winner: Any, count: An
     return _AT_WINNERS(types.int64, types.int64, types.int64), generate
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def dot(typing_context: Any, tile: Any, address: Any, row: Any, a: Any, b: Any) -> Any:
     """Products of a tile and the tile in memory, summed over vectors (not lanes): one vector."""
     a_, b_ = a.literal_value, b.literal_value
@@ -272,7 +273,7 @@ def add_to_memory(typing_context: Any, address: Any, x: Any, y: Any) -> Any:
     return types.void(types.int64, x, y), generate
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def double_zeros(typing_context: Any, count: Any) -> Any:
     """Return a tile of ``count`` vectors of float64 zeros."""
     kind = DoubleTile(count.literal_value)
@@ -284,7 +285,7 @@ def double_zeros(typing_context: Any, count: Any) -> Any:
     return kind(count), generate
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def add_lag_products(
     typing_context: Any, tile: Any, base: Any, partner: Any, row: Any, rows: Any
 ) -> Any:

@@ -4,8 +4,8 @@ from typing import Any
 
 from llvmlite import ir
 from numba.core import types
-from numba.extending import intrinsic
 
+from sparsekit.kernels.intrinsics import intrinsic
 from sparsekit.kernels.vector_ir import (
     I8,
     I32,
@@ -88,8 +88,8 @@ def pool_windows(
         builder.store(total, pointer(builder, sums_)).align = 4
         builder.store(squares, pointer(builder, builder.add(sums_, I64(VECTOR_BYTES)))).align = 4
         even, odd = list(range(0, 2 * LANES, 2)), list(range(1, 2 * LANES, 2))
-        left, right = (shuffle(builder, *tops, lanes) for lanes in (even, odd))
-        left_at, right_at = (shuffle(builder, *places, lanes) for lanes in (even, odd))
+        left, right = (shuffle(builder, tops[0], tops[1], lanes) for lanes in (even, odd))
+        left_at, right_at = (shuffle(builder, places[0], places[1], lanes) for lanes in (even, odd))
         right_at = builder.add(right_at, ir.Constant(integers, [1] * LANES))
         equal_and_before = builder.and_(
             builder.fcmp_ordered("==", right, left), builder.icmp_signed("<", right_at, left_at)

@@ -7,6 +7,7 @@ from sparsekit.kernels import buffers, parallel
 from sparsekit.kernels.compiled import Kernel
 from sparsekit.kernels.masked_conv3d import cost, cpu, grouped, layout
 from sparsekit.kernels.masked_conv3d.geometry import (
+    CHANNELS_AT_ONCE,
     Geometry,
     Grid,
     Shape,
@@ -129,7 +130,19 @@ def _threads(plan: Plan, samples: int) -> int:
 
 def _takes_grouped(plan: Plan, active: Tensor | None) -> bool:
     """Whether several output channels at a time, zeros included, are faster than a list."""
+<<<<<<< HEAD
     return active is None and cost.grouped_pays(plan.geometry.shape, plan.density)
+=======
+    layout_ = plan.geometry
+    return (
+        plan.density > _GROUPED_DENSITY
+        and active is None
+        and layout_.shape.groups == 1
+        and layout_.classes == (1, 1, 1)
+        and layout_.shape.c_out >= CHANNELS_AT_ONCE
+        and REGISTERS >= 32
+    )
+>>>>>>> main
 
 
 def forward(
@@ -208,9 +221,9 @@ def _forward_grouped(
     layout_, shape = plan.geometry, plan.geometry.shape
     tiling, source, target = layout_.grouped, layout_.source, layout_.target
     out_d, out_h, out_w = shape.out
-    rows = -(-shape.c_out // grouped.CHANNELS_AT_ONCE)
+    rows = -(-shape.c_out // CHANNELS_AT_ONCE)
     columns = weight[0].numel()
-    packed = buffers.empty((rows * grouped.CHANNELS_AT_ONCE * columns,))
+    packed = buffers.empty((rows * CHANNELS_AT_ONCE * columns,))
     parallel.run(
         grouped.pack_weights.address,
         grouped.pack_weights.job(
@@ -219,7 +232,7 @@ def _forward_grouped(
         ),
         threads,
     )  # fmt: skip
-    start = np.zeros(rows * grouped.CHANNELS_AT_ONCE, np.float32)
+    start = np.zeros(rows * CHANNELS_AT_ONCE, np.float32)
     if bias is not None:
         start[: shape.c_out] = bias.numpy()
     taps = np.array(layout_.source_taps, np.int32)
@@ -230,7 +243,7 @@ def _forward_grouped(
     # Small maps have few tiles: as many parts as there can be.
     tile_parts = min(tiling.tiles, -(-8 * threads // samples))
     tile_bytes = tiling.rows * tiling.columns * VECTOR_BYTES
-    scratch_part = 2 * grouped.CHANNELS_AT_ONCE * tile_bytes + 4 * VECTOR_BYTES
+    scratch_part = 2 * CHANNELS_AT_ONCE * tile_bytes + 4 * VECTOR_BYTES
     scratch = buffers.empty((tile_parts * samples * scratch_part // 4,))
     kernel = grouped.forward(tiling.rows, tiling.columns)
     job = kernel.job(

@@ -25,7 +25,8 @@ def forward_tiles(voxel_mask: Tensor, layout: Geometry, samples: int) -> Tensor:
     tiles = flat[..., :span].reshape(
         n, tiling.planes // tiling.rows, tiling.rows, tiling.per_plane, tiling.columns * LANES
     )
-    return _in_order(tiles.any(axis=(2, 4)), samples)
+    found: npt.NDArray[np.bool_] = np.logical_or.reduce(tiles, axis=(2, 4))
+    return _in_order(found, samples)
 
 
 def backward_tiles(voxel_mask: Tensor, layout: Geometry, samples: int) -> Tensor:
