@@ -9,7 +9,7 @@ predicted to be slower.
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,7 @@ Gradients = Literal["none", "weight", "input", "both"]
 Work = dict[str, float]
 
 COEFFICIENTS = Path(__file__).parent / "selector.json"
-# Below this size torch runs its own convolution, not oneDNN's (`use_mkldnn` in its Convolution.cpp).
+# Below this size torch runs its own convolution, not oneDNN's (`use_mkldnn` in Convolution.cpp).
 _ONEDNN_SIZE = 20480
 # Channels that oneDNN computes at a time, whatever the number of those that there are.
 _ONEDNN_CHANNELS = 16
@@ -65,26 +65,27 @@ class Call:
 
 
 @cache
-def _shipped() -> dict[str, Any]:
+def shipped() -> dict[str, Any]:
+    """Return what the package's file holds."""
     read: dict[str, Any] = json.loads(COEFFICIENTS.read_text())
     return read
 
 
 def coefficients() -> dict[str, Work]:
     """Seconds per unit of work, by model."""
-    models: dict[str, Work] = _shipped()["coefficients"]
+    models: dict[str, Work] = shipped()["coefficients"]
     return models
 
 
 def margin() -> float:
     """How many times faster the kernels must be predicted than the dense convolution."""
-    return float(_shipped()["margin"])
+    return float(shipped()["margin"])
 
 
 def kernel_seconds(call: Call, density: float) -> float:
     """Predict the time of the kernels at a density of the mask."""
     return min(
-        _seconds(*kernel_work(call, density, grouped=grouped))
+        predict(*kernel_work(call, density, grouped=grouped))
         for grouped in ((False, True) if can_group(call.shape) else (False,))
     )
 
@@ -109,29 +110,34 @@ def grouped_pays(shape: Shape, density: float) -> bool:
         return False
     call = Call("masked_conv3d", shape, 1, "none", 1)
     lists, group = (
-        _seconds(*kernel_work(call, density, grouped=grouped)) for grouped in (False, True)
+        predict(*kernel_work(call, density, grouped=grouped)) for grouped in (False, True)
     )
     return group < lists
 
 
 def dense_seconds(call: Call) -> float:
     """Predict the time of torch's dense convolution, with norm and pooling if the op has them."""
-    total = 0.0
-    # The input's gradient alone costs what both cost, less the weight's.
-    parts: tuple[tuple[Gradients, float], ...] = ((call.gradients, 1.0),)
     if call.gradients == "input":
-        parts = (("both", 1.0), ("weight", -1.0), ("none", 1.0))
-    for gradients, sign in parts:
-        model, work = dense_work(call.shape, call.samples, gradients, call.threads, call.onednn)
-        total += sign * _seconds(model, work)
+        # What both gradients cost, less the weight's.
+        total = 0.0
+        parts: tuple[tuple[Gradients, int], ...] = (("both", 1), ("weight", -1), ("none", 1))
+        for gradients, sign in parts:
+            total += sign * predict(*dense_work(replace(call, gradients=gradients)))
+    else:
+        total = predict(*dense_work(call))
     if call.op == "conv_norm_pool_relu":
-        total += _seconds(*norm_pool_work(call))
+        total += predict(*norm_pool_work(call))
     return total
 
 
-def _seconds(model: str, work: Work) -> float:
-    found = coefficients()[model]
-    return sum(found.get(name, 0.0) * count for name, count in work.items())
+def predict(model: str, work: Work) -> float:
+    """Predict the seconds that a model's work takes."""
+    return seconds(coefficients().get(model, {}), work)
+
+
+def seconds(model: Work, work: Work) -> float:
+    """Weigh counts of work with the coefficients of a model."""
+    return sum(model.get(name, 0.0) * count for name, count in work.items())
 
 
 def kernel_work(call: Call, density: float, *, grouped: bool = False) -> tuple[str, Work]:
@@ -242,11 +248,10 @@ def torch_path(shape: Shape, samples: int, threads: int, onednn: bool) -> str:
     return "onednn"
 
 
-def dense_work(
-    shape: Shape, samples: int, gradients: Gradients, threads: int, onednn: bool
-) -> tuple[str, Work]:
+def dense_work(call: Call) -> tuple[str, Work]:
     """Name of the model and counts of what torch's dense convolution does."""
-    path = torch_path(shape, samples, threads, onednn)
+    shape, samples, threads, gradients = call.shape, call.samples, call.threads, call.gradients
+    path = torch_path(shape, samples, threads, call.onednn)
     group_in, group_out = shape.c_in // shape.groups, shape.c_out // shape.groups
     taps = math.prod(shape.kernel)
     voxels = samples * math.prod(shape.out)

@@ -130,19 +130,7 @@ def _threads(plan: Plan, samples: int) -> int:
 
 def _takes_grouped(plan: Plan, active: Tensor | None) -> bool:
     """Whether several output channels at a time, zeros included, are faster than a list."""
-<<<<<<< HEAD
     return active is None and cost.grouped_pays(plan.geometry.shape, plan.density)
-=======
-    layout_ = plan.geometry
-    return (
-        plan.density > _GROUPED_DENSITY
-        and active is None
-        and layout_.shape.groups == 1
-        and layout_.classes == (1, 1, 1)
-        and layout_.shape.c_out >= CHANNELS_AT_ONCE
-        and REGISTERS >= 32
-    )
->>>>>>> main
 
 
 def forward(

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from sparsekit.kernels.masked_conv3d import cost
 from sparsekit.kernels.masked_conv3d.cost import Call, Gradients, Op
-from sparsekit.kernels.masked_conv3d.geometry import Shape
 from sparsekit.kernels.masked_conv3d.plan import PlanCache
 from sparsekit.kernels.masked_conv3d.run import shape_of
 from sparsekit.types import Size3
@@ -32,12 +31,16 @@ class Decision:
 
     dense: bool
     """Whether torch's dense convolution is taken."""
-    dense_forward: bool
-    """Whether the forward pass computes pruned weights: true of all that is dense, and of kernels
-    that do so where most weights are kept."""
+    grouped: bool
+    """Whether the kernels, if they are taken, compute pruned weights in the forward pass."""
     kernel_seconds: float
     dense_seconds: float
     reason: str
+
+    @property
+    def dense_forward(self) -> bool:
+        """Whether the forward pass computes pruned weights."""
+        return self.dense or self.grouped
 
 
 @lru_cache(maxsize=4096)
@@ -54,35 +57,31 @@ def decide(call: Call, density: float) -> Decision:
         f"{_PASSES[call.gradients]} predicted at density {density:.3g}: "
         f"kernels {_text(kernels)}, dense {_text(dense)}"
     )
-    return Decision(takes_dense, takes_dense or grouped, kernels, dense, reason)
+    return Decision(takes_dense, grouped, kernels, dense, reason)
 
 
 def decide_for(
     op: Op,
     x: Tensor,
     weight: Tensor,
-    mask: Tensor,
-    bias: Tensor | None,
+    density: float,
+    gradients: Gradients,
     *,
     stride: Size3,
     padding: Size3,
     dilation: Size3,
     groups: int,
 ) -> Decision:
-    """Choose for tensors; arguments are those that `sparsekit.ops` checked, `x` not empty."""
+    """Choose for tensors with torch's present settings; arguments as `sparsekit.ops` checked."""
     shape = shape_of(x, weight, stride, padding, dilation, groups)
-    gradients = gradients_of(x, weight, bias)
-    return decide_shape(op, shape, x.shape[0], mask, gradients)
+    onednn = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    threads = torch.get_num_threads()
+    return decide(Call(op, shape, x.shape[0], gradients, threads, onednn), density)
 
 
-def decide_shape(
-    op: Op, shape: Shape, samples: int, mask: Tensor, gradients: Gradients
-) -> Decision:
-    """Choose for a convolution with torch's present settings."""
-    return decide(
-        Call(op, shape, samples, gradients, torch.get_num_threads(), _has_onednn()),
-        PlanCache.of(mask).density,
-    )
+def density_of(mask: Tensor) -> float:
+    """Share of kept weights; counted again only when the mask has changed."""
+    return PlanCache.of(mask).density
 
 
 def gradients_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> Gradients:
@@ -93,10 +92,6 @@ def gradients_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> Gradients:
     if x.requires_grad:
         return "both" if own else "input"
     return "weight" if own else "none"
-
-
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
 def _text(seconds: float) -> str:
