@@ -25,6 +25,7 @@ from sparsekit.kernels.vector_ir import (
     I64,
     LANES,
     REGISTERS,
+    UNDEFINED,
     VECTOR,
     VECTOR_BYTES,
     addresses,
@@ -53,6 +54,7 @@ __all__ = [
     "copy_first",
     "copy_vector",
     "filled",
+    "leave_tile",
     "load_tile",
     "prefetch",
     "store_tile",
@@ -372,3 +374,54 @@ def any_bits_outside(typing_context: Any, values: Any, mask: Any, vectors: Any) 
         return builder.zext(builder.icmp_unsigned("!=", total, I32(0)), I64)
 
     return types.int64(types.int64, types.int64, vectors), generate
+
+
+@intrinsic
+def leave_tile(
+    typing_context: Any,
+    tile: Any,
+    target: Any,
+    plane: Any,
+    lanes: Any,
+    planes: Any,
+    a: Any,
+    b: Any,
+) -> Any:
+    """Write those lanes of a tile that are wanted, without gaps, row by row of the tile.
+
+    Row ``i`` begins at ``target + i * plane``; of the rows, ``planes`` are written. ``lanes`` is
+    the address of ``b`` uint16 numbers whose bits name the lanes wanted of each vector of a row.
+    """
+    a_, b_ = a.literal_value, b.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        del signature
+        tile_, target_, plane_, lanes_, planes_ = args[:5]
+        vectors = unpack(builder, tile_)
+        bits, narrow = ir.VectorType(ir.IntType(1), LANES), ir.IntType(LANES)
+        compress = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(VECTOR, [VECTOR, bits, VECTOR]),
+            f"llvm.experimental.vector.compress.v{LANES}f32",
+        )
+        count_ones = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(I32, [I32]), "llvm.ctpop.i32"
+        )
+        order = ir.Constant(ir.VectorType(I32, LANES), list(range(LANES)))
+        for i in range(a_):
+            with builder.if_then(builder.icmp_signed(">", planes_, I64(i))):
+                place = builder.add(target_, builder.mul(plane_, I64(i)))
+                for j in range(b_):
+                    number = load(builder, builder.add(lanes_, I64(2 * j)), ir.IntType(16))
+                    wanted = builder.zext(number, I32)
+                    chosen = builder.bitcast(
+                        number if LANES == 16 else builder.trunc(number, narrow), bits
+                    )
+                    packed = builder.call(compress, [vectors[i * b_ + j], chosen, UNDEFINED])
+                    count = builder.call(count_ones, [wanted])
+                    inside = builder.icmp_signed("<", order, splat_int(builder, count))
+                    masked_store(builder, packed, place, inside, f"v{LANES}f32")
+                    place = builder.add(place, builder.zext(builder.shl(count, I32(2)), I64))
+        return context.get_dummy_value()
+
+    return types.void(tile, *[types.int64] * 4, a, b), generate

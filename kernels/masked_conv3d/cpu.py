@@ -16,9 +16,7 @@ from sparsekit.kernels.compiled import Kernel, kernel
 from sparsekit.kernels.masked_conv3d.record import record
 from sparsekit.kernels.masked_conv3d.rows import (
     clear_rows,
-    copy_rows,
-    stream_rows,
-    voxels_before,
+    stream_numbers,
 )
 from sparsekit.kernels.memory import (
     load_byte,
@@ -33,6 +31,7 @@ from sparsekit.kernels.vector import (
     add_product,
     add_product_and_dot,
     filled,
+    leave_tile,
     load_tile,
     prefetch,
     store_tile,
@@ -51,13 +50,14 @@ FORWARD = record(
     "samples", "blocks", "c_in", "c_out", "channel_parts", "tile_parts", "steps", "sequence",
     "x_sample", "x_channel", "x_plane", "ahead", "y_sample", "y_channel", "y_plane",
     "scratch_part", "out_depth", "out_height", "out_width", "pitch", "dense", "stream",
+    "lanes", "firsts",
 )  # fmt: skip
 BACKWARD = record(
     "g", "x", "dx", "starts", "offsets", "values", "sums", "scratch", "active",
     "samples", "blocks", "c_out", "rows", "edges", "tile_parts", "row_parts", "steps", "sequence",
     "g_sample", "g_channel", "g_plane", "ahead", "x_sample", "x_channel", "x_plane",
     "dx_sample", "dx_channel", "dx_plane", "sums_part", "scratch_part",
-    "depth", "height", "width", "pitch", "dense",
+    "depth", "dense", "lanes", "firsts",
 )  # fmt: skip
 
 
@@ -68,6 +68,7 @@ def forward(a: int, b: int) -> Kernel:
     lines = b + 7
     tile_bytes = count * VECTOR_BYTES
     row_bytes = b * VECTOR_BYTES
+    line_bytes = row_bytes + VECTOR_BYTES
 
     @kernel(FORWARD)
     def masked_conv3d_forward(job: Any) -> None:  # pragma: no cover - compiled
@@ -82,9 +83,8 @@ def forward(a: int, b: int) -> Kernel:
         part = take(job)
         while part < job.parts:
             scratch = job.scratch + part * job.scratch_part
-            # The end of the scratch memory holds results on their way to rows.
-            rows = scratch + job.scratch_part - 2 * tile_bytes - 4 * VECTOR_BYTES
-            line = rows + tile_bytes + 2 * VECTOR_BYTES
+            # The end of the scratch memory holds rows on their way past the caches.
+            line = scratch + job.scratch_part - a * line_bytes
             chunk = part % tile_parts
             slab = part // tile_parts % channel_parts
             sample = part // (tile_parts * channel_parts)
@@ -96,7 +96,10 @@ def forward(a: int, b: int) -> Kernel:
                 source = job.x + sample * job.x_sample + plane * x_plane + tile * row_bytes
                 target = job.y + sample * job.y_sample + plane * y_plane
                 first = tile * b * LANES
-                before = 4 * voxels_before(first, pitch, out_height, out_width)
+                lanes = job.lanes + 2 * tile * b
+                before = load_int(job.firsts + 4 * tile)
+                voxels = load_int(job.firsts + 4 * tile + 4) - before
+                before *= 4
                 if active != 0 and load_byte(active + sample * sequence + s) == 0:
                     for o in range(o_begin, o_end):
                         for i in range(min(a, out_depth - plane)):
@@ -137,19 +140,16 @@ def forward(a: int, b: int) -> Kernel:
                             else:
                                 store_tile(total, place, y_plane, a, b)
                         else:
-                            store_tile(total, rows, row_bytes, a, b)
-                            for i in range(min(a, out_depth - plane)):
-                                place = target + o * y_channel + i * y_plane + before
-                                if stream != 0:
-                                    stream_rows(
-                                        place, rows + i * row_bytes, first, b * LANES,
-                                        pitch, out_height, out_width, line,
-                                    )  # fmt: skip
-                                else:
-                                    copy_rows(
-                                        place, rows + i * row_bytes, first, b * LANES,
-                                        pitch, out_height, out_width,
-                                    )  # fmt: skip
+                            place = target + o * y_channel + before
+                            left = out_depth - plane
+                            if stream == 0:
+                                leave_tile(total, place, y_plane, lanes, left, a, b)
+                            else:
+                                leave_tile(total, line, line_bytes, lanes, left, a, b)
+                                for i in range(min(a, left)):
+                                    stream_numbers(
+                                        place + i * y_plane, line + i * line_bytes, voxels
+                                    )
             part = take(job)
 
     return masked_conv3d_forward
@@ -177,12 +177,11 @@ def backward(a: int, b: int) -> Kernel:
         dx_channel, dx_plane = job.dx_channel, job.dx_plane
         steps, sequence, active = job.steps, job.sequence, job.active
         tile_parts = job.tile_parts
-        depth, height, width, pitch, dense = job.depth, job.height, job.width, job.pitch, job.dense
+        depth, dense = job.depth, job.dense
         part = take(job)
         while part < job.parts:
             scratch = job.scratch + part * job.scratch_part
             products = scratch + job.scratch_part - WAITING * VECTOR_BYTES
-            leaving = products - tile_bytes - VECTOR_BYTES
             chunk = part % tile_parts
             slab = part // tile_parts
             sums = job.sums + chunk * job.sums_part
@@ -199,8 +198,8 @@ def backward(a: int, b: int) -> Kernel:
                 g = job.g + sample * job.g_sample + plane * g_plane + tile * row_bytes
                 x = job.x + sample * job.x_sample + plane * x_plane + tile * row_bytes
                 dx = job.dx + sample * job.dx_sample + plane * dx_plane
-                first = tile * b * LANES
-                before = 4 * voxels_before(first, pitch, height, width)
+                lanes = job.lanes + 2 * tile * b
+                before = 4 * load_int(job.firsts + 4 * tile)
                 used = active == 0 or load_byte(active + n) != 0
                 for block in range(blocks):
                     for r in range(r_begin, r_end):
@@ -249,13 +248,8 @@ def backward(a: int, b: int) -> Kernel:
                                     total, dx + r * dx_channel + tile * row_bytes, dx_plane, a, b
                                 )
                             else:
-                                store_tile(total, leaving, row_bytes, a, b)
-                                for i in range(min(a, depth - plane)):
-                                    copy_rows(
-                                        dx + r * dx_channel + i * dx_plane + before,
-                                        leaving + i * row_bytes,
-                                        first, b * LANES, pitch, height, width,
-                                    )  # fmt: skip
+                                place = dx + r * dx_channel + before
+                                leave_tile(total, place, dx_plane, lanes, depth - plane, a, b)
             part = take(job)
 
     return masked_conv3d_backward

@@ -12,14 +12,14 @@ import numpy as np
 from sparsekit.kernels.compiled import Kernel, kernel
 from sparsekit.kernels.masked_conv3d.geometry import CHANNELS_AT_ONCE
 from sparsekit.kernels.masked_conv3d.record import record
-from sparsekit.kernels.masked_conv3d.rows import copy_rows, stream_rows, voxels_before
+from sparsekit.kernels.masked_conv3d.rows import stream_numbers
 from sparsekit.kernels.memory import load_byte, load_float, load_int, store_float
 from sparsekit.kernels.parallel import take
 from sparsekit.kernels.vector import (
-    LANES,
     VECTOR_BYTES,
     add_products,
     biased,
+    leave_tile,
     load_tile,
     store_tile,
     stream_tile,
@@ -51,7 +51,7 @@ FORWARD = record(
     "x", "y", "weights", "bias", "taps", "tap_count", "scratch",
     "c_in", "c_out", "tile_parts", "steps", "sequence",
     "x_sample", "x_channel", "x_plane", "y_sample", "y_channel", "y_plane",
-    "scratch_part", "out_depth", "out_height", "out_width", "pitch", "dense", "stream",
+    "scratch_part", "out_depth", "dense", "stream", "lanes", "firsts",
 )  # fmt: skip
 
 
@@ -62,6 +62,7 @@ def forward(a: int, b: int) -> Kernel:
     row_bytes = b * VECTOR_BYTES
     tile_bytes = count * VECTOR_BYTES
     all_rows = CHANNELS_AT_ONCE * a
+    line_bytes = row_bytes + VECTOR_BYTES
 
     @kernel(FORWARD)
     def masked_conv3d_grouped(job: Any) -> None:  # pragma: no cover - compiled
@@ -69,12 +70,11 @@ def forward(a: int, b: int) -> Kernel:
         weights, bias, x_channel, x_plane = job.weights, job.bias, job.x_channel, job.x_plane
         y_channel, y_plane = job.y_channel, job.y_plane
         steps, sequence, tile_parts = job.steps, job.sequence, job.tile_parts
-        out_depth, out_height, out_width = job.out_depth, job.out_height, job.out_width
-        pitch, dense, stream = job.pitch, job.dense, job.stream
+        out_depth, dense, stream = job.out_depth, job.dense, job.stream
         part = take(job)
         while part < job.parts:
             rows = job.scratch + part * job.scratch_part
-            line = rows + CHANNELS_AT_ONCE * tile_bytes + 2 * VECTOR_BYTES
+            line = rows + CHANNELS_AT_ONCE * tile_bytes
             chunk = part % tile_parts
             sample = part // tile_parts
             for s in range(sequence * chunk // tile_parts, sequence * (chunk + 1) // tile_parts):
@@ -82,8 +82,9 @@ def forward(a: int, b: int) -> Kernel:
                 plane = s % steps * a
                 source = job.x + sample * job.x_sample + plane * x_plane + tile * row_bytes
                 target = job.y + sample * job.y_sample + plane * y_plane
-                first = tile * b * LANES
-                before = 4 * voxels_before(first, pitch, out_height, out_width)
+                lanes = job.lanes + 2 * tile * b
+                before = load_int(job.firsts + 4 * tile)
+                voxels = load_int(job.firsts + 4 * tile + 4) - before
                 weight = weights
                 for o in range(0, c_out, CHANNELS_AT_ONCE):
                     total = biased(bias + 4 * o, CHANNELS_AT_ONCE, count)
@@ -96,27 +97,23 @@ def forward(a: int, b: int) -> Kernel:
                             weight += 4 * CHANNELS_AT_ONCE
                     store_tile(total, rows, row_bytes, all_rows, b)
                     for q in range(min(CHANNELS_AT_ONCE, c_out - o)):
-                        leaving = rows + q * tile_bytes
+                        part_total = load_tile(rows + q * tile_bytes, row_bytes, a, b)
                         place = target + (o + q) * y_channel
+                        left = out_depth - plane
                         if dense == 0:
                             place += tile * row_bytes
-                            part_total = load_tile(leaving, row_bytes, a, b)
                             if stream != 0:
                                 stream_tile(part_total, place, y_plane, a, b)
                             else:
                                 store_tile(part_total, place, y_plane, a, b)
+                        elif stream == 0:
+                            leave_tile(part_total, place + 4 * before, y_plane, lanes, left, a, b)
                         else:
-                            for i in range(min(a, out_depth - plane)):
-                                if stream != 0:
-                                    stream_rows(
-                                        place + i * y_plane + before, leaving + i * row_bytes,
-                                        first, b * LANES, pitch, out_height, out_width, line,
-                                    )  # fmt: skip
-                                else:
-                                    copy_rows(
-                                        place + i * y_plane + before, leaving + i * row_bytes,
-                                        first, b * LANES, pitch, out_height, out_width,
-                                    )  # fmt: skip
+                            leave_tile(part_total, line, line_bytes, lanes, left, a, b)
+                            for i in range(min(a, left)):
+                                stream_numbers(
+                                    place + 4 * before + i * y_plane, line + i * line_bytes, voxels
+                                )
             part = take(job)
 
     return masked_conv3d_grouped

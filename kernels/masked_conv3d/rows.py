@@ -1,72 +1,58 @@
 """From tiles, which run over the gaps between padded rows, to rows without gaps."""
 
-import numba
+from dataclasses import dataclass
+from functools import lru_cache
 
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from sparsekit.kernels.masked_conv3d.geometry import Tiling
 from sparsekit.kernels.memory import clear_bytes
 from sparsekit.kernels.vector import (
     LANES,
     VECTOR_BYTES,
     copy_first,
-    copy_vector,
     stream_vector,
 )
 
 
-@numba.njit
-def copy_rows(target, source, first, count, pitch, height, width):  # pragma: no cover - compiled
-    """Copy what of a plane's flat numbers first..first+count are voxels to rows without gaps.
+@dataclass(frozen=True, slots=True)
+class RowTable:
+    """What of each tile of a plane are voxels."""
 
-    Whole vectors are read from ``source``, also at its end. Returns how many numbers were copied;
-    they stand one after another, from voxel ``voxels_before(first, ...)`` of the plane on.
-    """
-    row = first // pitch
-    begin = row * pitch
-    copied = 0
-    while begin < first + count and row < height:
-        low = max(begin, first)
-        left = min(begin + width, first + count) - low
-        place = source + 4 * (low - first)
-        while left >= LANES:
-            copy_vector(target, place)
-            target += VECTOR_BYTES
-            place += VECTOR_BYTES
-            left -= LANES
-            copied += LANES
-        if left > 0:
-            copy_first(target, place, left)
-            target += 4 * left
-            copied += left
-        row += 1
-        begin += pitch
-    return copied
+    lanes: npt.NDArray[np.uint16]
+    """For each vector of each tile, a bit per lane; (tiles * columns,)."""
+    firsts: npt.NDArray[np.int32]
+    """Voxels of the plane before each tile, and all of them; (tiles + 1,)."""
+
+
+@lru_cache(maxsize=256)
+def row_table(tiling: Tiling, pitch: int, height: int, width: int) -> RowTable:
+    """Tell voxels from gaps for rows of `width` voxels that lie `pitch` apart."""
+    flat = np.arange(tiling.per_plane * tiling.columns * LANES)
+    voxel = (flat // pitch < height) & (flat % pitch < width)
+    bits = voxel.reshape(-1, LANES) @ (1 << np.arange(LANES))
+    per_tile = voxel.reshape(tiling.per_plane, -1).sum(axis=1)
+    firsts = np.concatenate([[0], np.cumsum(per_tile)])
+    return RowTable(bits.astype(np.uint16), firsts.astype(np.int32))
 
 
 @numba.njit
-def voxels_before(first, pitch, height, width):  # pragma: no cover - compiled
-    """How many voxels of a plane have a flat number below ``first``."""
-    row = min(first // pitch, height)
-    return row * width + min(first - row * pitch, width) if row < height else height * width
-
-
-@numba.njit
-def stream_rows(
-    target, source, first, count, pitch, height, width, line
-):  # pragma: no cover - compiled
-    """Do as `copy_rows`, past the caches; ``line`` is scratch memory, aligned to vectors."""
-    shift = target % VECTOR_BYTES
-    copied = 4 * copy_rows(line + shift, source, first, count, pitch, height, width)
-    place = line + shift
-    head = min(copied, (VECTOR_BYTES - shift) % VECTOR_BYTES)
-    copy_first(target, place, head // 4)
+def stream_numbers(target, source, count):  # pragma: no cover - compiled
+    """Copy float32 numbers past the caches; whole vectors are read."""
+    left = 4 * count
+    head = min(left, (VECTOR_BYTES - target % VECTOR_BYTES) % VECTOR_BYTES)
+    copy_first(target, source, head // 4)
     target += head
-    place += head
-    copied -= head
-    while copied >= VECTOR_BYTES:
-        stream_vector(target, place)
+    source += head
+    left -= head
+    while left >= VECTOR_BYTES:
+        stream_vector(target, source)
         target += VECTOR_BYTES
-        place += VECTOR_BYTES
-        copied -= VECTOR_BYTES
-    copy_first(target, place, copied // 4)
+        source += VECTOR_BYTES
+        left -= VECTOR_BYTES
+    copy_first(target, source, left // 4)
 
 
 @numba.njit

@@ -15,6 +15,7 @@ from sparsekit.kernels.masked_conv3d.geometry import (
     geometry,
 )
 from sparsekit.kernels.masked_conv3d.plan import Plan, PlanCache, build
+from sparsekit.kernels.masked_conv3d.rows import row_table
 from sparsekit.kernels.vector import LANES, REGISTERS, VECTOR_BYTES
 from sparsekit.types import Size3
 
@@ -181,7 +182,8 @@ def forward(
     tile_bytes = tiling.rows * tiling.columns * VECTOR_BYTES
     slab = -(-shape.c_out // channel_parts) if entries.blocks > 1 else 0
     parts = tile_parts * channel_parts * samples
-    scratch_part = (slab + 2) * tile_bytes + 4 * VECTOR_BYTES
+    scratch_part = slab * tile_bytes + tiling.rows * (tiling.columns + 1) * VECTOR_BYTES
+    table = row_table(tiling, layout_.pitch, out_h, out_w)
     scratch = buffers.empty((parts * scratch_part // 4,))
     kernel = cpu.forward(tiling.rows, tiling.columns)
     job = kernel.job(
@@ -197,6 +199,7 @@ def forward(
         scratch_part=scratch_part, out_depth=out_d, out_height=out_h, out_width=out_w,
         pitch=layout_.pitch, dense=int(dense),
         stream=int(4 * y.numel() > _STREAM_BYTES),
+        lanes=table.lanes.ctypes.data, firsts=table.firsts.ctypes.data,
     )  # fmt: skip
     parallel.run(kernel.address, job, threads)
     return y
@@ -231,7 +234,8 @@ def _forward_grouped(
     # Small maps have few tiles: as many parts as there can be.
     tile_parts = min(tiling.tiles, -(-8 * threads // samples))
     tile_bytes = tiling.rows * tiling.columns * VECTOR_BYTES
-    scratch_part = 2 * CHANNELS_AT_ONCE * tile_bytes + 4 * VECTOR_BYTES
+    scratch_part = (CHANNELS_AT_ONCE + 1) * tile_bytes + tiling.rows * VECTOR_BYTES
+    table = row_table(tiling, layout_.pitch, out_h, out_w)
     scratch = buffers.empty((tile_parts * samples * scratch_part // 4,))
     kernel = grouped.forward(tiling.rows, tiling.columns)
     job = kernel.job(
@@ -241,8 +245,9 @@ def _forward_grouped(
         tile_parts=tile_parts, steps=tiling.planes // tiling.rows, sequence=tiling.tiles,
         x_sample=4 * source.sample, x_channel=4 * source.channel, x_plane=4 * source.plane,
         y_sample=4 * sample, y_channel=4 * channel, y_plane=4 * plane,
-        scratch_part=scratch_part, out_depth=out_d, out_height=out_h, out_width=out_w,
-        pitch=layout_.pitch, dense=int(dense), stream=int(4 * y.numel() > _STREAM_BYTES),
+        scratch_part=scratch_part, out_depth=out_d, dense=int(dense),
+        stream=int(4 * y.numel() > _STREAM_BYTES), lanes=table.lanes.ctypes.data,
+        firsts=table.firsts.ctypes.data,
     )  # fmt: skip
     parallel.run(kernel.address, job, threads)
 
@@ -305,6 +310,7 @@ class BackwardPass:
         self._sums_part = entries.entries + cpu.SUMS_AT_ONCE * (lists + 1)
         self._sums = np.zeros(self.threads * self._sums_part, np.float32)
         self._kernel = cpu.backward(tiling.rows, tiling.columns)
+        self._table = row_table(tiling, layout_.pitch, h, w)
         self._job = self._kernel.job(
             starts=entries.starts.ctypes.data, offsets=entries.offsets.ctypes.data,
             values=self._values.ctypes.data, sums=self._sums.ctypes.data, blocks=entries.blocks,
@@ -313,8 +319,8 @@ class BackwardPass:
             ahead=_ahead(layout_.gradient, tiling.rows, max(layout_.gradient_taps), samples),
             x_sample=4 * layout_.source.sample, x_channel=4 * layout_.source.channel,
             x_plane=4 * layout_.source.plane, dx_sample=4 * sample, dx_channel=4 * channel,
-            dx_plane=4 * plane, sums_part=4 * self._sums_part, height=h, width=w,
-            pitch=layout_.pitch, dense=int(not self.strided),
+            dx_plane=4 * plane, sums_part=4 * self._sums_part, dense=int(not self.strided),
+            lanes=self._table.lanes.ctypes.data, firsts=self._table.firsts.ctypes.data,
         )  # fmt: skip
 
     def run(
@@ -345,7 +351,7 @@ class BackwardPass:
         edges = entries.edges(row_parts)
         tile_bytes = tiling.rows * tiling.columns * VECTOR_BYTES
         slab = int((edges[1:] - edges[:-1]).max()) if entries.blocks > 1 else 0
-        scratch_part = (slab + 1) * tile_bytes + (1 + cpu.WAITING) * VECTOR_BYTES
+        scratch_part = slab * tile_bytes + cpu.WAITING * VECTOR_BYTES
         scratch = buffers.empty((tile_parts * row_parts * scratch_part // 4,))
         job["parts"] = tile_parts * row_parts
         job["g"] = gradient.data_ptr()
