@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -134,6 +134,16 @@ def test_masks_that_the_model_holds_are_taken() -> None:
     assert {row.kind for row in held.by_layer.values()} == {"MaskedConv3d"}
 
 
+@pytest.fixture
+def no_zeros(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels skip every pruned weight, whatever the model says."""
+    monkeypatch.setattr(cost, "grouped_pays", lambda *_: False)
+    selector.decide.cache_clear()
+    yield
+    selector.decide.cache_clear()
+
+
+@pytest.mark.usefixtures("no_zeros")
 def test_layers_on_a_dense_path_execute_densely() -> None:
     model = sparsify(BrainAgeCNN((16, 16, 16), width=0.1))
     sparsify(model, magnitude_masks(model, 0.8))
@@ -173,7 +183,7 @@ def paths_taken(model: nn.Module, x: Tensor) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.95])
 def test_executed_operations_follow_what_really_ran(sparsity: float) -> None:
     model = sparsify(BrainAgeCNN((46, 55, 46), width=0.25))
     sparsify(model, magnitude_masks(model, sparsity, scope="layer"))

@@ -165,6 +165,7 @@ def kernel_work(call: Call, density: float, *, grouped: bool = False) -> tuple[s
         work["grouped_products"] = rows * CHANNELS_AT_ONCE * weights / shape.c_out * vectors
         work["grouped_tiles"] = rows * vectors
         work["grouped_weights"] = weights / threads
+        work["grouped_bytes_beyond_cache"] = max(0.0, 4.0 * out - _CACHE_BYTES) / threads
     else:
         block = block_channels(layout, density, layout.source, layout.forward)
         lists = shape.c_out * -(-group_in // block)
@@ -220,7 +221,7 @@ def _single_channel_work(call: Call, density: float) -> tuple[str, Work]:
     return f"kernels.single_channel.{_pass(call.gradients)}", work
 
 
-def torch_path(shape: Shape, samples: int, threads: int, onednn: bool) -> str:
+def torch_path(shape: Shape, samples: int, threads: int, onednn: bool) -> Literal["own", "onednn"]:
     """Which of its convolutions torch takes for float32: its own or oneDNN's.
 
     The rule is that of torch's ``ConvParams::use_mkldnn``; a test compares it with torch's answer.
@@ -241,11 +242,7 @@ def torch_path(shape: Shape, samples: int, threads: int, onednn: bool) -> str:
         or k_w != 1
         or threads > 1
     )
-    if not (onednn and large and suits):
-        return "own"
-    if shape.groups > 1 and shape.c_in == shape.groups:
-        return "onednn_depthwise"
-    return "onednn"
+    return "onednn" if onednn and large and suits else "own"
 
 
 def dense_work(call: Call) -> tuple[str, Work]:
@@ -261,39 +258,51 @@ def dense_work(call: Call) -> tuple[str, Work]:
     per_vector = taps * voxels / LANES / threads
     moved = 4.0 * (1 + directions) * (inputs + out)
     work = {
-        "bytes": moved / threads,
-        "bytes_beyond_cache": max(0.0, moved - _CACHE_BYTES),
         "weights": float(weights),
         "call": 1.0,
         "call_threads": float(threads > 1),
     }
     products = shape.groups * per_vector
-    if path == "onednn":
-        in_whole, out_whole = _whole_channels(group_in), _whole_channels(group_out)
-        work["forward_products"] = products * group_in * out_whole
-        work["forward_padded"] = products * in_whole * out_whole
-        if directions:
-            work["weight_products"] = products * in_whole * out_whole
-        if directions == 2:
-            work["input_products"] = products * in_whole * out_whole
-        kind = "pointwise" if taps == 1 else path
-    elif path == "onednn_depthwise":
-        work["forward_products"] = products * group_out
-        if directions:
-            work["weight_products"] = products * _whole_channels(group_out)
-        if directions == 2:
-            work["input_products"] = products * _whole_channels(group_out)
-        kind = path
-    else:
+    in_whole, out_whole = _whole_channels(group_in), _whole_channels(group_out)
+    passes = ("forward", "weight", "input")[: 1 + directions]
+    # Kinds of convolutions differ in speed, not in what a call costs.
+    kind = "pointwise_" if taps == 1 else ""
+    if path == "own":
         # A matrix product with every input voxel copied once for each tap.
-        copies = shape.c_in * taps * voxels / threads
-        for name, count in (("forward", 1), ("weight", directions), ("input", directions - 1)):
-            if count > 0:
-                work[f"{name}_products"] = products * group_in * group_out
-                work[f"{name}_copies"] = copies
+        copies = shape.c_in * taps * voxels
+        for name in passes:
+            work[f"{kind}{name}_products"] = products * group_in * group_out
+            work[f"{kind}{name}_copies"] = copies / threads
+        work["copied_beyond_cache"] = len(passes) * max(0.0, 4.0 * copies - _CACHE_BYTES)
         work["groups"] = float(shape.groups * samples)
-        kind = path
-    return f"dense.{kind}.{_pass(gradients)}", work
+    elif group_in == 1 and shape.groups > 1:
+        kind = "depthwise_"
+        for name in passes:
+            work[f"{kind}{name}_products"] = products * group_out
+    else:
+        if taps > 1:
+            kind = _onednn_kind(group_in, group_out, shape.groups)
+        for name in passes:
+            # Which side is filled up depends on the pass and the number of channels.
+            filled = group_out * in_whole if name == "input" else group_in * out_whole
+            work[f"{kind}{name}_products"] = products * filled
+            work[f"{kind}{name}_padded"] = products * in_whole * out_whole
+        if kind == "narrow_":
+            # It is copied with channels filled up.
+            moved = inputs // group_in * in_whole + out // group_out * out_whole
+            moved *= 4.0 * (1 + directions)
+    work[f"{kind}bytes"] = moved / threads
+    work[f"{kind}bytes_beyond_cache"] = max(0.0, moved - _CACHE_BYTES)
+    return f"dense.{path}.{_pass(gradients)}", work
+
+
+def _onednn_kind(group_in: int, group_out: int, groups: int) -> str:
+    whole = _ONEDNN_CHANNELS
+    for channels in (group_in, group_out):
+        # Groups cannot be filled up one by one.
+        if channels % whole and (channels > whole or (groups > 1 and whole % channels)):
+            return "uneven_"
+    return "narrow_" if group_in < whole else ""
 
 
 def norm_pool_work(call: Call) -> tuple[str, Work]:
