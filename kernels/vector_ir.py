@@ -80,6 +80,17 @@ def masked_store(builder: Any, value: Any, address: Any, inside: Any, kind: str)
     builder.call(function, [value, place, I32(1), inside])
 
 
+def masked_load(builder: Any, address: Any, inside: Any) -> Any:
+    """Read the lanes that ``inside`` (bits) names, as float32; the others are 0 and not touched."""
+    place = pointer(builder, address)
+    signature = ir.FunctionType(VECTOR, [place.type, I32, inside.type, VECTOR])
+    function = cgutils.get_or_insert_function(
+        builder.module, signature, f"llvm.masked.load.v{LANES}f32.p0"
+    )
+    zero = ir.Constant(VECTOR, [0.0] * LANES)
+    return builder.call(function, [place, I32(4), inside, zero])
+
+
 def addresses(builder: Any, first: Any, row: Any, a: int, b: int) -> list[Any]:
     """Addresses of the vectors of ``a`` rows of ``b`` each, ``row`` bytes apart."""
     found = []

