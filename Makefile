@@ -15,7 +15,7 @@ $(BIN)/sparsekit fed run --cohort $(1)/cohort --out $(1)/fedavg --config example
 $(BIN)/sparsekit fed run --cohort $(1)/cohort --out $(1)/fedsparsify --config examples/demo.toml --strategy fedsparsify-global --sparsity 0.95 --seed $(2) > $(1)/fedsparsify.txt
 endef
 
-.PHONY: help install demo demo-seeds trace test check format clean
+.PHONY: help install demo demo-seeds trace fit-selector test check format clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,9 @@ trace: $(STAMP) ## weights of a FedSparsify run after each of 40 rounds, for cod
 	$(BIN)/sparsekit cohort make build/trace/cohort $(DEMO_COHORT)
 	$(BIN)/sparsekit fed run --cohort build/trace/cohort --out build/trace/run --config examples/demo.toml --rounds 40 --epochs 1 --keep-checkpoints 0
 	@echo "Payloads: build/trace/run/checkpoints/round-*/model.spu"
+
+fit-selector: $(STAMP) ## measure convolutions here and fit the model behind backend="auto"; docs/results/selector.json
+	$(BIN)/python tools/fit_selector.py
 
 test: $(STAMP) ## the whole test suite
 	$(BIN)/python -m pytest

@@ -7,13 +7,10 @@ from torch import Tensor
 
 from sparsekit.kernels import buffers, parallel
 from sparsekit.kernels.masked_conv3d import run as conv
-from sparsekit.kernels.masked_conv3d.geometry import Geometry, Shape
+from sparsekit.kernels.masked_conv3d.geometry import BLOCK_GRADIENT_BYTES, Geometry, Shape
 from sparsekit.kernels.masked_conv3d.plan import Plan
 from sparsekit.kernels.norm_pool_relu import cpu as norm_pool
 from sparsekit.kernels.norm_pool_relu import run as norm
-
-# Padded gradient in memory at a time: it should stay in the last cache until it is read.
-_GRADIENT_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +45,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, *, eps: 
 
 def plan_of(mask: Tensor, shape: Shape) -> Plan:
     """Plan of a mask whose gradient goes through a cache a few planes at a time."""
-    return conv.plan_of(mask, shape, _GRADIENT_BYTES)
+    return conv.plan_of(mask, shape, BLOCK_GRADIENT_BYTES)
 
 
 def backward(
