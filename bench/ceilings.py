@@ -16,9 +16,9 @@ import torch
 from sparsekit.bench.pairs import Case
 from sparsekit.kernels import parallel
 from sparsekit.kernels.compiled import Kernel, kernel
-from sparsekit.kernels.masked_conv3d.record import record
 from sparsekit.kernels.memory import load_float, load_int
 from sparsekit.kernels.parallel import take
+from sparsekit.kernels.record import record
 from sparsekit.kernels.vector import (
     LANES,
     REGISTERS,
