@@ -101,7 +101,9 @@ def best_dense(row: Row) -> tuple[str, Quartiles]:
 
 
 def _maybe(row: Row | None, side: str, over: str = OURS) -> Quartiles | None:
-    return None if row is None else ratio(row, side, over)
+    if row is None or not {side, over} <= row["milliseconds"].keys():
+        return None
+    return ratio(row, side, over)
 
 
 def figures(rows: Sequence[Row]) -> list[Figure]:
