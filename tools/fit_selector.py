@@ -454,8 +454,7 @@ def write(rows: list[dict[str, Any]], machine: dict[str, Any]) -> None:
 
 def _ship(content: dict[str, Any]) -> None:
     cost.COEFFICIENTS.write_text(json.dumps(content, indent=2) + "\n")
-    for cached in (cost.shipped, cost.grouped_pays, selector.decide):
-        cached.cache_clear()
+    selector.forget()
 
 
 def _machine() -> dict[str, Any]:
