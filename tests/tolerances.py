@@ -20,15 +20,15 @@ TOLERANCES: dict[tuple[str, torch.dtype, str], float] = {
     # torch adds the output gradient up voxel by voxel: 2,002 terms here.
     ("masked_conv3d", torch.float32, "bias"): 1.1e-5,  # 2.8e-6
     # test_masked_conv3d_cpu.py.
-    ("masked_conv3d_cpu", torch.float32, "forward"): 2.5e-6,
-    ("masked_conv3d_cpu", torch.float32, "input"): 2.5e-6,
-    ("masked_conv3d_cpu", torch.float32, "weight"): 2.5e-6,
-    ("masked_conv3d_cpu", torch.float32, "bias"): 1e-6,
-    # test_conv_norm_pool_relu.py.
-    ("conv_norm_pool_relu", torch.float32, "forward"): 2.5e-6,
-    ("conv_norm_pool_relu", torch.float32, "input"): 5e-6,
-    ("conv_norm_pool_relu", torch.float32, "weight"): 5e-6,
-    ("conv_norm_pool_relu", torch.float32, "training"): 1e-5,
+    ("masked_conv3d_cpu", torch.float32, "forward"): 7.5e-6,  # 1.9e-6
+    ("masked_conv3d_cpu", torch.float32, "input"): 5.5e-6,  # 1.4e-6
+    ("masked_conv3d_cpu", torch.float32, "weight"): 3.5e-6,  # 8.1e-7
+    ("masked_conv3d_cpu", torch.float32, "bias"): 2.5e-6,  # 6.5e-7
+    # test_conv_norm_pool_relu.py; the weights and biases after 20 steps of SGD are "training".
+    ("conv_norm_pool_relu", torch.float32, "forward"): 1.2e-6,  # 3.0e-7
+    ("conv_norm_pool_relu", torch.float32, "input"): 2.5e-6,  # 5.8e-7
+    ("conv_norm_pool_relu", torch.float32, "weight"): 1.6e-6,  # 4.0e-7
+    ("conv_norm_pool_relu", torch.float32, "training"): 1e-6,  # 2.4e-7
     # test_norm_pool_relu.py, the same machine, both backends and every memory layout.
     ("norm_pool_relu", torch.float32, "forward"): 6e-7,  # 1.5e-7
     ("norm_pool_relu", torch.float32, "input"): 9e-7,  # 2.2e-7

@@ -14,8 +14,8 @@ from sparsekit.errors import BackendError
 from sparsekit.kernels import parallel
 from sparsekit.kernels.compiled import kernel
 from sparsekit.kernels.masked_conv3d.geometry import Geometry
-from sparsekit.kernels.masked_conv3d.record import record
 from sparsekit.kernels.memory import load_byte, load_int, store_int
+from sparsekit.kernels.record import record
 
 Ints = npt.NDArray[np.int32]
 
@@ -195,7 +195,7 @@ class PlanCache:
         if not mask.is_contiguous():
             return torch.equal(self.mask, mask)
         # Some 15 times faster than torch.equal, which compares byte by byte.
-        return _memcmp(self.mask.data_ptr(), mask.data_ptr(), mask.numel()) == 0
+        return not int(_memcmp(self.mask.data_ptr(), mask.data_ptr(), mask.numel()))
 
     @classmethod
     def of(cls, mask: Tensor) -> "PlanCache":

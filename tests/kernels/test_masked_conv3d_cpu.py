@@ -246,7 +246,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_memory_layouts_change_no_bit(layout: str, stride: int) -> None:
-    case = Case(2, 3, 5, (6, 7, 9), padding=ONES, stride=(stride,) * 3)
+    case = Case(2, 3, 5, (6, 7, 9), padding=ONES, stride=(stride, stride, stride))
     leaves, mask, grad = operands(case, "half")
     expected = run_op(leaves, mask, grad, case)
     change = LAYOUTS[layout]
@@ -276,7 +276,7 @@ def test_expanded_inputs_and_gradients(compare: Compare) -> None:
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_pruned_weights_may_hold_anything(poison: float, stride: int) -> None:
-    case = Case(2, 3, 4, (5, 6, 7), padding=ONES, stride=(stride,) * 3)
+    case = Case(2, 3, 4, (5, 6, 7), padding=ONES, stride=(stride, stride, stride))
     leaves, mask, grad = operands(case, "half")
     expected = run_op(leaves, mask, grad, case)
     dirty = torch.where(mask, leaves[1], poison)
@@ -298,7 +298,7 @@ def reached(case: Case, mask: Tensor, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("density", ["half", "all"])
 def test_the_output_is_not_finite_where_it_must_be(value: float, stride: int, density: str) -> None:
     """And nowhere else: neighbours in memory are not neighbours in space."""
-    case = Case(2, 3, 4, (5, 6, 17), padding=(1, 0, 2), stride=(stride,) * 3)
+    case = Case(2, 3, 4, (5, 6, 17), padding=(1, 0, 2), stride=(stride, stride, stride))
     leaves, mask, _ = operands(case, density)
     for place in [(0, 0, 0, 0, 0), (0, 2, 4, 5, 16), (1, 1, 2, 3, 8), (0, 1, 3, 5, 0)]:
         x = leaves[0].detach().clone()
@@ -329,7 +329,7 @@ def agree_where_finite(found: Tensor, plain: Tensor) -> None:
 @pytest.mark.parametrize("stride", [1, 2])
 def test_gradients_are_not_finite_where_torch_says_so(stride: int) -> None:
     """The weight's may be so at more taps of the same filters: border taps multiply zeros."""
-    case = Case(2, 3, 4, (5, 6, 17), padding=(1, 0, 2), stride=(stride,) * 3)
+    case = Case(2, 3, 4, (5, 6, 17), padding=(1, 0, 2), stride=(stride, stride, stride))
     leaves, mask, grad = operands(case, "half")
     full = torch.ones_like(mask)
     plain = run_op(leaves, mask, grad, case)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
@@ -30,15 +31,15 @@ def shape_of(case: Case) -> Shape:
     )  # fmt: skip
 
 
-def cells(grid: Grid, count: int) -> np.ndarray:
+def cells(grid: Grid) -> npt.NDArray[np.int64]:
     """A buffer of one sample in which -1 stands for zeros."""
     return np.full(grid.sample, -1, np.int64)
 
 
-def source_of(layout: Geometry) -> np.ndarray:
+def source_of(layout: Geometry) -> npt.NDArray[np.int64]:
     """Number of the input voxel that stands at each place of the padded input."""
     shape, grid = layout.shape, layout.source
-    found = cells(grid, 1)
+    found = cells(grid)
     strided = layout.classes != (1, 1, 1)
     out, steps = shape.out, shape.stride
     reach = [e * (k - 1) // s for e, k, s in zip(shape.dilation, shape.kernel, steps, strict=True)]
@@ -77,8 +78,6 @@ def check(layout: Geometry, lanes: int, registers: int) -> None:
 
     # Every tap of every output voxel lands on the voxel that it should read, or on zeros.
     source = source_of(layout)
-    group_in, group_out = shape.c_in // shape.groups, shape.c_out // shape.groups
-    del group_out
     taps = list(itertools.product(*map(range, shape.kernel)))
     for t, tap in enumerate(taps):
         for z, y, x in itertools.product(*map(range, out)):
@@ -98,7 +97,6 @@ def check(layout: Geometry, lanes: int, registers: int) -> None:
     assert (
         furthest + (layout.forward.planes - 1) * layout.source.plane + span <= layout.source.sample
     )
-    assert group_in >= 1
     back = layout.backward.per_plane * layout.backward.columns * lanes
     furthest = (layout.source.channels - 1) * layout.source.channel + layout.source.interior
     assert (

@@ -220,7 +220,7 @@ def test_masks_that_were_used_load_as_tensors_only() -> None:
 @pytest.mark.parametrize("stride", [1, 2])
 def test_repeats_and_thread_counts(stride: int, threads: Callable[[int], None]) -> None:
     module, x = layer(), make(*LARGE)
-    module.stride = (stride,) * 3
+    module.stride = (stride, stride, stride)
     results = []
     for count in (1, 1, 2, 2, 3, 3):
         threads(count)
@@ -256,10 +256,7 @@ def at_once(work: Callable[[int], object]) -> list[Any]:
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
-        own = [
-            threading.Thread(target=lambda i=i: found.setdefault(i, work(i)))  # type: ignore[misc]
-            for i in range(4)
-        ]
+        own = [threading.Thread(target=lambda i=i: found.setdefault(i, work(i))) for i in range(4)]
         for thread in own:
             thread.start()
         for thread in own:

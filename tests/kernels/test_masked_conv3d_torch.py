@@ -4,7 +4,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def small_model() -> nn.Module:
     return model
 
 
-def step(model: Callable[..., Tensor], x: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+def step(model: Callable[..., Tensor], x: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """Output and the gradients of x and the parameters."""
     x = x.detach().requires_grad_()
     y = model(x)
