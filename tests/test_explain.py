@@ -36,12 +36,12 @@ def test_calls_are_listed_latest_first_with_the_reason() -> None:
         "topk_mask", "reference", "named by the caller"
     )  # fmt: skip
     assert (second.op, second.backend, second.device, second.calls) == (
-        "masked_conv3d", "reference", "cpu", 3
+        "masked_conv3d", "cpu", "cpu", 3
     )  # fmt: skip
     assert second.detail == "(2, 1, 3, 3, 3) float32"
     assert (
-        "  masked_conv3d (2, 1, 3, 3, 3) float32 on cpu: reference "
-        "(the only implementation for cpu tensors), 3 calls"
+        "  masked_conv3d (2, 1, 3, 3, 3) float32 on cpu: cpu "
+        "(the first choice for cpu tensors), 3 calls"
     ) in str(explain()).splitlines()
 
 
