@@ -15,7 +15,10 @@ $(BIN)/sparsekit fed run --cohort $(1)/cohort --out $(1)/fedavg --config example
 $(BIN)/sparsekit fed run --cohort $(1)/cohort --out $(1)/fedsparsify --config examples/demo.toml --strategy fedsparsify-global --sparsity 0.95 --seed $(2) > $(1)/fedsparsify.txt
 endef
 
-.PHONY: help install demo demo-seeds trace test check format clean
+BENCH := build/bench-cpu
+BENCH_FILES ?= ceilings topk block process conv step
+
+.PHONY: help install demo demo-seeds trace fit-selector bench-cpu test check format clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -50,6 +53,26 @@ trace: $(STAMP) ## weights of a FedSparsify run after each of 40 rounds, for cod
 	$(BIN)/sparsekit cohort make build/trace/cohort $(DEMO_COHORT)
 	$(BIN)/sparsekit fed run --cohort build/trace/cohort --out build/trace/run --config examples/demo.toml --rounds 40 --epochs 1 --keep-checkpoints 0
 	@echo "Payloads: build/trace/run/checkpoints/round-*/model.spu"
+
+fit-selector: $(STAMP) ## measure convolutions here and fit the model behind backend="auto"; docs/results/selector.json
+	$(BIN)/python tools/fit_selector.py
+
+# A file that fails loses nobody else's figures, and can be run again: make bench-cpu BENCH_FILES=step
+bench-cpu: $(STAMP) $(BENCH)/trained/result.json ## every CPU figure (about 13 minutes, on an idle machine); writes docs/results/cpu.*
+	@failed=; files=; for name in $(BENCH_FILES); do \
+	  rm -f $(BENCH)/$$name.json; \
+	  BENCH_TRAINED=$(BENCH)/trained $(BIN)/python -m pytest bench/bench_cpu_$$name.py -q \
+	    --benchmark-json=$(BENCH)/$$name.json --benchmark-columns=median,iqr,rounds || failed="$$failed $$name"; \
+	  if [ -s $(BENCH)/$$name.json ]; then files="$$files $(BENCH)/$$name.json"; fi; \
+	done; \
+	$(BIN)/python tools/cpu_table.py collect $$files && $(BIN)/python tools/cpu_table.py write || exit 1; \
+	if [ -n "$$failed" ]; then echo "These did not pass; their tables lack rows:$$failed"; exit 1; fi
+
+$(BENCH)/trained/result.json: bench/trained.toml | $(STAMP)
+	rm -rf $(BENCH)/cohort $(BENCH)/trained
+	mkdir -p $(BENCH)
+	$(BIN)/sparsekit cohort make $(BENCH)/cohort --subjects 32 --sites 4 --resolution 2 --workers 2
+	$(BIN)/sparsekit fed run --cohort $(BENCH)/cohort --out $(BENCH)/trained --config bench/trained.toml
 
 test: $(STAMP) ## the whole test suite
 	$(BIN)/python -m pytest

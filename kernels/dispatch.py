@@ -1,14 +1,15 @@
 """Which implementation runs an op: one explicit table, and a record of the choices made.
 
 Nothing here looks at environment variables or catches a failing import: ``auto`` takes the first
-row of the table, and a backend that was named runs or raises.
+row of the table, or torch's dense convolution where the cost model of
+`sparsekit.kernels.masked_conv3d.selector` says so; a backend that was named runs or raises.
 """
 
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from sparsekit.kernels.masked_conv3d import reference as conv_reference
 from sparsekit.kernels.norm_pool_relu import reference as norm_pool_relu_reference
 from sparsekit.kernels.topk_mask import reference as topk_reference
 from sparsekit.kernels.zero_pruned import reference as zero_pruned_reference
+
+if TYPE_CHECKING:
+    from sparsekit.kernels.masked_conv3d.selector import Decision
 
 BACKENDS = ("reference", "cpu", "triton")
 """Every backend that can be named; not each op has each of them."""
@@ -79,6 +83,37 @@ def _load_conv_norm_pool_relu_cpu() -> Callable[..., Any]:
 
 
 _CONV_CPU = Implementation("cpu", _load_conv_cpu, follows_mask=True)
+
+
+def _load_conv_choosing() -> Callable[..., Any]:
+    from sparsekit.kernels.masked_conv3d import autograd
+
+    return autograd.masked_conv3d_choosing
+
+
+CONV_CHOOSING = Implementation("cpu", _load_conv_choosing, follows_mask=True)
+"""For code that torch compiles with ``auto``: the operator chooses when it runs."""
+
+
+def _load_conv_dense() -> Callable[..., Any]:
+    from sparsekit.kernels.masked_conv3d import dense
+
+    return dense.masked_conv3d
+
+
+def _load_conv_norm_pool_relu_dense() -> Callable[..., Any]:
+    from sparsekit.kernels.conv_norm_pool_relu import dense
+
+    return dense.conv_norm_pool_relu
+
+
+# What ``auto`` takes on a CPU where torch's dense convolution is predicted to be faster.
+DENSE = {
+    "masked_conv3d": Implementation("dense", _load_conv_dense, follows_mask=False),
+    "conv_norm_pool_relu": Implementation(
+        "dense", _load_conv_norm_pool_relu_dense, follows_mask=False
+    ),
+}
 
 _CONV_NORM_POOL_RELU_CPU = Implementation("cpu", _load_conv_norm_pool_relu_cpu, follows_mask=True)
 _CONV_NORM_POOL_RELU_REFERENCE = Implementation(
@@ -171,7 +206,12 @@ def available(op: str, device_type: str) -> tuple[Implementation, ...]:
 
 
 def resolve(
-    op: str, device_type: str, backend: str = "auto", *, reference_only: str = ""
+    op: str,
+    device_type: str,
+    backend: str = "auto",
+    *,
+    reference_only: str = "",
+    decision: "Decision | None" = None,
 ) -> Choice:
     """Choose the implementation of `op`.
 
@@ -185,6 +225,8 @@ def resolve(
         ``"auto"`` or one of `BACKENDS`.
     reference_only : str
         Why only the reference can take these inputs; empty if all can.
+    decision : Decision, optional
+        What the cost model says for ``"auto"``.
 
     Raises
     ------
@@ -197,6 +239,8 @@ def resolve(
     narrowed = len(every) > 1 and reference_only != ""
     rows = [row for row in every if row.backend == "reference" or not narrowed]
     if backend == "auto":
+        if decision is not None:
+            return Choice(op, DENSE[op] if decision.dense else rows[0], decision.reason)
         if narrowed:
             reason = reference_only
         elif len(rows) == 1:

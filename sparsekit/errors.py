@@ -30,6 +30,10 @@ class MissingExtraError(SparsekitError, ImportError):
     """An optional dependency is not installed; the text names the extra to install."""
 
 
+class DisagreementError(SparsekitError, RuntimeError):
+    """A benchmark's sides computed different numbers, so their times cannot be compared."""
+
+
 class CodecError(SparsekitError, ValueError):
     """Base of everything that `sparsekit.decode` refuses."""
 

@@ -11,17 +11,22 @@ functional calls do not.
 import threading
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from sparsekit import ops
 from sparsekit.errors import ArgumentError
 from sparsekit.kernels import dispatch
 from sparsekit.masks import PRUNABLE_TYPES, check_mask, masks_of
-from sparsekit.nn import MaskedConv3d
+from sparsekit.nn import ConvBlock, MaskedConv3d, may_fuse
 from sparsekit.types import Masks, Shape
+
+if TYPE_CHECKING:
+    from sparsekit.kernels.masked_conv3d.cost import Op
+    from sparsekit.kernels.masked_conv3d.selector import Decision
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -33,7 +38,8 @@ class LayerFlops:
     kind: str
     """Class of the layer."""
     path: str
-    """``"sparse"`` if pruned weights cost nothing here, ``"dense"`` if they are computed."""
+    """``"sparse"`` if pruned weights cost nothing in a training step, ``"dense"`` if they are
+    computed, ``"mixed"`` if they are in a part of it."""
     kept: int
     """Unpruned weights."""
     weights: int
@@ -46,6 +52,10 @@ class LayerFlops:
     dense_forward: int
     dense_weight_grad: int
     dense_input_grad: int
+    executed_forward: int
+    """Operations that a forward pass without gradients really does."""
+    executed_train_step: int
+    """Operations that a training step really does."""
 
     @property
     def density(self) -> float:
@@ -92,27 +102,25 @@ class FlopReport:
 
     @property
     def executed_forward(self) -> int:
-        """Operations that the forward pass really does: layers on a dense path count as dense."""
-        return sum(
-            layer.forward if layer.path == "sparse" else layer.dense_forward
-            for layer in self.by_layer.values()
-        )
+        """Operations that a forward pass without gradients really does.
+
+        Layers on a dense path count as dense.
+        """
+        return sum(layer.executed_forward for layer in self.by_layer.values())
 
     @property
     def executed_train_step(self) -> int:
         """Operations that a training step really does."""
-        return sum(
-            layer.train_step if layer.path == "sparse" else layer.dense_train_step
-            for layer in self.by_layer.values()
-        )
+        return sum(layer.executed_train_step for layer in self.by_layer.values())
 
 
-@dataclass
-class _Calls:
-    """What a layer's calls add up to: each weight is used once per position."""
+@dataclass(frozen=True)
+class _Call:
+    """One use of a layer; each weight is used once per position."""
 
-    forward: int = 0
-    input_grad: int = 0
+    input_shape: tuple[int, ...]
+    needs_input_grad: bool
+    positions: int
 
 
 def count(
@@ -135,7 +143,8 @@ def count(
         as kept.
     dense_layers : collection of str, optional
         Layers whose executed operations count as dense. By default every layer but those
-        `MaskedConv3d` whose implementation on the model's device skips pruned weights.
+        `MaskedConv3d` that skip pruned weights on the model's device; where ``backend="auto"``
+        chooses by its prediction, what it would choose now, with torch's present thread count.
 
     Returns
     -------
@@ -154,34 +163,149 @@ def count(
     >>> report.forward, report.train_step
     (16416, 35748)
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, PRUNABLE_TYPES)}
+    layers = _prunable(model)
     kept = _kept_weights(model, masks_of(model) if masks is None else masks)
-    if dense_layers is None:
-        dense_layers = {name for name, module in layers.items() if not _skips_pruned(module)}
-    unknown = sorted(set(dense_layers) - layers.keys())
+    unknown = sorted(set(dense_layers or ()) - layers.keys())
     if unknown:
         raise ArgumentError(f"dense_layers: the model has no convolution or linear layer {unknown}")
+    # Before the hooks that note shapes, which would keep blocks from being fused.
+    fused = _fused(model)
     calls = _trace(model, layers, input_shape)
     report = {}
-    for name, total in calls.items():
-        weight = layers[name].weight
-        groups = int(getattr(layers[name], "groups", 1))
-        grad = total.forward * groups if weight.requires_grad else 0
+    for name, uses in calls.items():
+        layer, weight = layers[name], layers[name].weight
         alive, all_weights = kept.get(id(weight), weight.numel()), weight.numel()
-        report[name] = LayerFlops(
-            kind=type(layers[name]).__name__,
-            path="dense" if name in dense_layers else "sparse",
-            kept=alive,
-            weights=all_weights,
-            positions=total.forward,
-            forward=2 * alive * total.forward,
-            weight_grad=2 * alive * grad,
-            input_grad=2 * alive * total.input_grad,
-            dense_forward=2 * all_weights * total.forward,
-            dense_weight_grad=2 * all_weights * grad,
-            dense_input_grad=2 * all_weights * total.input_grad,
-        )
+        if dense_layers is None:
+            density = alive / all_weights if all_weights else 0.0
+            paths = [_paths(layer, use, density, id(layer) in fused) for use in uses]
+        else:
+            paths = [_DENSE if name in dense_layers else _SPARSE] * len(uses)
+        report[name] = _layer_flops(layer, uses, paths, alive, all_weights)
     return FlopReport(report)
+
+
+def _layer_flops(
+    layer: nn.Module, uses: list[_Call], paths: "list[_Paths]", alive: int, all_weights: int
+) -> LayerFlops:
+    groups = int(getattr(layer, "groups", 1)) if layer.weight.requires_grad else 0
+    forward = sum(use.positions for use in uses)
+    input_grad = sum(use.positions for use in uses if use.needs_input_grad)
+
+    def executed(positions: int, dense: bool) -> int:
+        return 2 * (all_weights if dense else alive) * positions
+
+    step = 0
+    for use, path in zip(uses, paths, strict=True):
+        gradients = use.positions * (groups + use.needs_input_grad)
+        step += executed(use.positions, path.step_forward) + executed(gradients, path.gradients)
+    in_step = {dense for path in paths for dense in (path.step_forward, path.gradients)}
+    return LayerFlops(
+        kind=type(layer).__name__,
+        path="mixed" if len(in_step) == 2 else "dense" if True in in_step else "sparse",
+        kept=alive,
+        weights=all_weights,
+        positions=forward,
+        forward=2 * alive * forward,
+        weight_grad=2 * alive * forward * groups,
+        input_grad=2 * alive * input_grad,
+        dense_forward=2 * all_weights * forward,
+        dense_weight_grad=2 * all_weights * forward * groups,
+        dense_input_grad=2 * all_weights * input_grad,
+        executed_forward=sum(
+            executed(use.positions, path.forward)
+            for use, path in zip(uses, paths, strict=True)
+        ),
+        executed_train_step=step,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Paths:
+    """Which parts of a layer's work are done for pruned weights as well."""
+
+    forward: bool
+    """A forward pass without gradients."""
+    step_forward: bool
+    """The forward pass of a training step."""
+    gradients: bool
+
+
+_DENSE, _SPARSE = _Paths(True, True, True), _Paths(False, False, False)
+
+
+def _paths(layer: nn.Module, use: _Call, density: float, fused: bool) -> _Paths:
+    if not isinstance(layer, MaskedConv3d):
+        return _DENSE
+    device_type = layer.weight.device.type
+    row = dispatch.resolve("masked_conv3d", device_type, layer.backend).implementation
+    if device_type != "cpu" or row.backend != "cpu":
+        return _SPARSE if row.follows_mask else _DENSE
+    found = _decide(layer, use, density, fused)
+    if found is None:
+        return _DENSE
+    step, forward = found
+    if layer.backend == "cpu":
+        return _Paths(forward.grouped, step.grouped, False)
+    return _Paths(forward.dense_forward, step.dense_forward, step.dense)
+
+
+def _decide(
+    layer: MaskedConv3d, use: _Call, density: float, fused: bool
+) -> "tuple[Decision, Decision] | None":
+    """Predictions for a training step and for a forward pass; None if no kernel can run."""
+    weight = layer.weight
+    if 0 in use.input_shape or not ops.fuses_on_cpu(weight, weight):
+        return None
+    # The cost model knows the kernels, and those load Numba.
+    from sparsekit.kernels.masked_conv3d import selector
+
+    x = torch.empty(use.input_shape, dtype=weight.dtype, device="meta")
+    x.requires_grad_(use.needs_input_grad)
+    call = layer.convolution(x if x.ndim == 5 else x.unsqueeze(0))
+    op: Op = "conv_norm_pool_relu" if fused and min(call.out) >= 2 else "masked_conv3d"
+    with torch.enable_grad():
+        needed = selector.gradients_of(x, weight, layer.bias)
+    step, forward = (
+        selector.decide_for(
+            op, call.x, weight, density, gradients,
+            stride=call.stride, padding=call.padding, dilation=call.dilation, groups=layer.groups,
+        )
+        for gradients in (needed, "none")
+    )  # fmt: skip
+    return step, forward
+
+
+def decisions(model: nn.Module, input_shape: Shape, density: float) -> "dict[str, Decision]":
+    """Say what the cost model chooses for a training step on a CPU.
+
+    Parameters
+    ----------
+    model : Module
+        Each `MaskedConv3d` that the CPU kernels can run is in the answer, if it is called.
+    input_shape : sequence of int
+        Shape of the one input, batch included.
+    density : float
+        Share of kept weights in every layer.
+    """
+    layers = _prunable(model)
+    fused = _fused(model)
+    found = {}
+    for name, uses in _trace(model, layers, input_shape).items():
+        layer = layers[name]
+        if isinstance(layer, MaskedConv3d):
+            decided = _decide(layer, uses[0], density, id(layer) in fused)
+            if decided is not None:
+                found[name] = decided[0]
+    return found
+
+
+def _prunable(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, PRUNABLE_TYPES)}
+
+
+def _fused(model: nn.Module) -> set[int]:
+    """Identities of the convolutions that run as one op with what follows them."""
+    return {id(m.conv) for m in model.modules() if isinstance(m, ConvBlock) and may_fuse(m.conv)}
 
 
 def _kept_weights(model: nn.Module, masks: Masks) -> dict[int, int]:
@@ -195,18 +319,11 @@ def _kept_weights(model: nn.Module, masks: Masks) -> dict[int, int]:
     return kept
 
 
-def _skips_pruned(module: nn.Module) -> bool:
-    if not isinstance(module, MaskedConv3d):
-        return False
-    choice = dispatch.resolve("masked_conv3d", module.weight.device.type, module.backend)
-    return choice.implementation.follows_mask
-
-
 def _trace(
     model: nn.Module, layers: Mapping[str, nn.Module], input_shape: Shape
-) -> dict[str, _Calls]:
+) -> dict[str, list[_Call]]:
     """Run the model on meta tensors and note the shapes that its layers see."""
-    calls: dict[str, _Calls] = {}
+    calls: dict[str, list[_Call]] = {}
     names = {id(module): name for name, module in layers.items()}
     thread = threading.get_ident()
 
@@ -219,9 +336,8 @@ def _trace(
             positions = x.numel() // module.in_channels
         else:
             positions = out.numel() // _outputs(module)
-        total = calls.setdefault(names[id(module)], _Calls())
-        total.forward += positions
-        total.input_grad += positions if x.requires_grad else 0
+        use = _Call(tuple(x.shape), x.requires_grad, positions)
+        calls.setdefault(names[id(module)], []).append(use)
 
     shapes = {name: _without_values(p) for name, p in model.named_parameters()}
     shapes |= {name: _without_values(b) for name, b in model.named_buffers()}

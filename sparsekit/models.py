@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparsekit.errors import ArgumentError
-from sparsekit.nn import can_fuse, fused_block
+from sparsekit.nn import ConvBlock, can_fuse, fused_block
 from sparsekit.ops import norm_pool_relu
 from sparsekit.types import Size3
 
@@ -146,7 +146,7 @@ def _scaled(channels: int, width: float) -> int:
     return max(1, round(channels * width))
 
 
-class _Block(nn.Module):
+class _Block(ConvBlock):
     """Convolution, instance norm without parameters, 2x2x2 max pooling, ReLU."""
 
     def __init__(self, c_in: int, c_out: int) -> None:

@@ -9,6 +9,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from sparsekit import masks as _masks
 from sparsekit import ops, prune
+from sparsekit.arguments import Convolution, check_convolution
 from sparsekit.types import Masks
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -63,16 +64,27 @@ class MaskedConv3d(nn.Conv3d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve (n, c_in, d, h, w) or (c_in, d, h, w) with the unpruned weights."""
-        padding = cast("str | tuple[int, int, int]", self.padding)
-        if self.padding_mode != "zeros":
-            pad = self._reversed_padding_repeated_twice
-            input = functional.pad(input, pad, mode=self.padding_mode)
-            padding = 0  # type: ignore[assignment]
+        input, padding = self._pad(input)
         return ops.masked_conv3d(
             input, self.weight, self.weight_mask, self.bias,
             stride=self.stride, padding=padding, dilation=self.dilation, groups=self.groups,
             precision=self.precision, backend=self.backend,
         )  # fmt: skip
+
+    def _pad(self, input: Tensor) -> tuple[Tensor, str | tuple[int, ...]]:
+        """Return what the op takes as its input and its padding."""
+        if self.padding_mode == "zeros":
+            return input, self.padding
+        pad = self._reversed_padding_repeated_twice
+        return functional.pad(input, pad, mode=self.padding_mode), (0, 0, 0)
+
+    def convolution(self, input: Tensor) -> Convolution:
+        """Arguments of the op as an implementation gets them; `input` may be on the meta device."""
+        x, padding = self._pad(input)
+        weight = self.weight.to(x.device)
+        return check_convolution(
+            x, weight, weight.bool(), None, self.stride, padding, self.dilation, self.groups
+        )
 
     def extra_repr(self) -> str:
         """Conv3d's text and the density."""
@@ -80,22 +92,37 @@ class MaskedConv3d(nn.Conv3d):
         return f"{text}, density={self.density:.4f}"
 
 
-def can_fuse(conv: nn.Module, x: Tensor) -> bool:
-    """Whether `fused_block` may stand for a convolution, instance norm, max pooling and ReLU.
+class ConvBlock(nn.Module):
+    """A module whose convolution `fused_block` may run, with the norm, pooling and ReLU behind it.
 
-    It may not where somebody watches or replaces the convolution's own call.
+    Attributes
+    ----------
+    conv : Conv3d
     """
+
+    conv: nn.Conv3d
+
+
+def may_fuse(conv: nn.Module) -> bool:
+    """Whether nobody watches or replaces the own call of a `ConvBlock`'s convolution."""
     return (
         type(conv) is MaskedConv3d
         and conv.padding_mode == "zeros"
         and conv.backend in ("auto", "cpu")
-        and x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
         and not (conv._forward_hooks or conv._backward_hooks or conv._backward_pre_hooks)
         and not _has_any_global_hook()
         and "forward" not in conv.__dict__
         and all(isinstance(hook, _masks.MaskHold) for hook in conv._forward_pre_hooks.values())
-        and ops.fuses_on_cpu(x, conv.weight)
+    )
+
+
+def can_fuse(conv: nn.Module, x: Tensor) -> bool:
+    """Whether `fused_block` may stand for a convolution, instance norm, max pooling and ReLU."""
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and may_fuse(conv)
+        and ops.fuses_on_cpu(x, cast(MaskedConv3d, conv).weight)
     )
 
 
@@ -108,6 +135,7 @@ def fused_block(conv: nn.Module, x: Tensor) -> Tensor:
     return ops.conv_norm_pool_relu(
         x, conv.weight, conv.weight_mask, conv.bias,
         stride=conv.stride, padding=padding, dilation=conv.dilation, groups=conv.groups,
+        backend=conv.backend,
     )  # fmt: skip
 
 

@@ -1,15 +1,19 @@
 """The ops: arguments are checked once here, then an implementation is chosen and run."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 
-from sparsekit.arguments import FLOAT_DTYPES, check_convolution, check_voxel_mask
+from sparsekit.arguments import FLOAT_DTYPES, Convolution, check_convolution, check_voxel_mask
 from sparsekit.errors import ArgumentError, ArgumentTypeError
 from sparsekit.explanation import Explanation, explain
 from sparsekit.kernels import dispatch
+
+if TYPE_CHECKING:
+    from sparsekit.kernels.masked_conv3d.cost import Op
+    from sparsekit.kernels.masked_conv3d.selector import Decision
 
 __all__ = [
     "PRECISIONS",
@@ -65,7 +69,8 @@ def masked_conv3d(
         Least accuracy of float32 products. ``"auto"`` follows torch's flags; the reference
         backend on a CPU always computes in the dtype of `x`.
     backend : {"auto", "reference", "cpu", "triton"}
-        ``"auto"`` takes the best implementation for the device; see `sparsekit.explain`.
+        ``"auto"`` takes the best implementation for the device; on a CPU, the one that is
+        predicted to be faster for this layer and density. `sparsekit.explain` says which and why.
 
     Returns
     -------
@@ -99,7 +104,7 @@ def masked_conv3d(
         )
     if voxel_mask is not None:
         voxel_mask = check_voxel_mask(voxel_mask, call.x, call.out)
-    run = _choose_conv(call.x, weight, backend)
+    run = _choose_conv(call, weight, mask, bias, groups, backend)
     y: Tensor = run(
         call.x, weight, mask, bias,
         stride=call.stride, padding=call.padding, dilation=call.dilation, groups=groups,
@@ -108,20 +113,44 @@ def masked_conv3d(
     return y.squeeze(0) if x.ndim == 4 else y
 
 
-def _choose_conv(x: Tensor, weight: Tensor, backend: str) -> Callable[..., Tensor]:
+def _choose_conv(
+    call: Convolution, weight: Tensor, mask: Tensor, bias: Tensor | None, groups: int, backend: str
+) -> Callable[..., Tensor]:
+    x = call.x
     device_type = x.device.type
+    why = _why_only_reference(x, weight) if device_type == "cpu" else ""
+    compiling = torch.compiler.is_compiling()
+    decision = None
+    if backend == "auto" and device_type == "cpu" and not (why or compiling):
+        decision = _decide("masked_conv3d", call, weight, mask, bias, groups)
     # Meta tensors only carry shapes, which every backend gives alike.
     choice = dispatch.resolve(
         "masked_conv3d",
         device_type,
         "auto" if x.is_meta else backend,
-        reference_only=_why_only_reference(x, weight) if device_type == "cpu" else "",
+        reference_only=why,
+        decision=decision,
     )
-    if not (x.is_meta or torch.compiler.is_compiling()):
+    row = choice.implementation
+    if not (x.is_meta or compiling):
         detail = f"{tuple(weight.shape)} {str(x.dtype).removeprefix('torch.')}"
         dispatch.record(choice, device_type, detail)
-    run: Callable[..., Tensor] = choice.implementation.load()
+    elif compiling and backend == "auto" and row.backend == "cpu":
+        row = dispatch.CONV_CHOOSING
+    run: Callable[..., Tensor] = row.load()
     return run
+
+
+def _decide(
+    op: "Op", call: Convolution, weight: Tensor, mask: Tensor, bias: Tensor | None, groups: int
+) -> "Decision":
+    # The cost model knows the kernels, and those load Numba.
+    from sparsekit.kernels.masked_conv3d import selector
+
+    return selector.decide_for(
+        op, call.x, weight, selector.density_of(mask), selector.gradients_of(call.x, weight, bias),
+        stride=call.stride, padding=call.padding, dilation=call.dilation, groups=groups,
+    )  # fmt: skip
 
 
 def conv_norm_pool_relu(
@@ -172,7 +201,12 @@ def conv_norm_pool_relu(
     why = _why_only_reference(x, weight)
     if not why and torch.compiler.is_compiling():
         why = "torch.compile sees the single ops"
-    choice = dispatch.resolve("conv_norm_pool_relu", x.device.type, backend, reference_only=why)
+    decision = None
+    if backend == "auto" and x.device.type == "cpu" and not why:
+        decision = _decide("conv_norm_pool_relu", call, weight, mask, bias, groups)
+    choice = dispatch.resolve(
+        "conv_norm_pool_relu", x.device.type, backend, reference_only=why, decision=decision
+    )
     if not (x.is_meta or torch.compiler.is_compiling()):
         detail = f"{tuple(weight.shape)} {str(x.dtype).removeprefix('torch.')}"
         dispatch.record(choice, x.device.type, detail)

@@ -1,3 +1,4 @@
+import re
 import threading
 from collections.abc import Iterator
 
@@ -9,7 +10,7 @@ from typer.testing import CliRunner
 from sparsekit import prune
 from sparsekit.cli.main import app
 from sparsekit.kernels import dispatch
-from sparsekit.nn import MaskedConv3d, sparsify
+from sparsekit.nn import MaskedConv3d, fused_block, sparsify
 from sparsekit.ops import explain, topk_mask
 
 
@@ -35,14 +36,19 @@ def test_calls_are_listed_latest_first_with_the_reason() -> None:
     assert (first.op, first.backend, first.reason) == (
         "topk_mask", "reference", "named by the caller"
     )  # fmt: skip
+    # Nothing is to be gained on a single voxel.
     assert (second.op, second.backend, second.device, second.calls) == (
-        "masked_conv3d", "cpu", "cpu", 3
+        "masked_conv3d", "dense", "cpu", 3
     )  # fmt: skip
     assert second.detail == "(2, 1, 3, 3, 3) float32"
+    assert re.fullmatch(
+        r"forward and weight gradient predicted at density 1: kernels \d+ us, dense \d+ us",
+        second.reason,
+    )
     assert (
-        "  masked_conv3d (2, 1, 3, 3, 3) float32 on cpu: cpu "
-        "(the first choice for cpu tensors), 3 calls"
-    ) in str(explain()).splitlines()
+        f"  masked_conv3d (2, 1, 3, 3, 3) float32 on cpu: dense ({second.reason}), 3 calls"
+        in str(explain()).splitlines()
+    )
 
 
 def test_masked_layers_that_stay_dense_are_listed() -> None:
@@ -116,4 +122,23 @@ def test_doctor_says_what_each_op_takes_here() -> None:
             for line in result.output.splitlines()
         )
     assert torch.__version__.split("+")[0] in result.output
+    _check_predictions(result.output)
     assert "CPU cores usable" in result.output
+
+
+def _check_predictions(output: str) -> None:
+    """What doctor shows of a layer is what the layer does."""
+    cells = [cell.strip() for line in output.splitlines() if "blocks.1.conv" in line
+             for cell in line.split("│")]  # fmt: skip
+    at_95 = cells[6]
+    layer = MaskedConv3d(32, 64, 3, padding=1)
+    mask = torch.zeros(layer.weight.numel(), dtype=torch.bool)
+    mask[: round(0.05 * len(mask))] = True
+    layer.set_mask(mask.view_as(layer.weight))
+    x = torch.randn(1, 32, 45, 54, 45, requires_grad=True)
+    fused_block(layer, x)
+    reason = explain().calls[0].reason
+    kernels, _, dense = at_95.replace("*", "").partition(" : ")
+    assert f"kernels {kernels} ms, dense {dense} ms" in reason
+    assert at_95.endswith("*") == (explain().calls[0].backend == "dense")
+    assert "no part in the fit" in output

@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -8,8 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from sparsekit import flops
 from sparsekit.errors import ArgumentError
 from sparsekit.kernels import dispatch
+from sparsekit.kernels.masked_conv3d import cost, selector
 from sparsekit.models import BrainAgeCNN
 from sparsekit.nn import MaskedConv3d, sparsify
+from sparsekit.ops import explain
 from sparsekit.prune import magnitude_masks
 
 
@@ -132,7 +134,17 @@ def test_masks_that_the_model_holds_are_taken() -> None:
     assert {row.kind for row in held.by_layer.values()} == {"MaskedConv3d"}
 
 
-def test_layers_on_a_dense_path_execute_densely(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_zeros(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels skip every pruned weight, whatever the model says."""
+    monkeypatch.setattr(cost, "grouped_pays", lambda *_: False)
+    selector.decide.cache_clear()
+    yield
+    selector.decide.cache_clear()
+
+
+@pytest.mark.usefixtures("no_zeros")
+def test_layers_on_a_dense_path_execute_densely() -> None:
     model = sparsify(BrainAgeCNN((16, 16, 16), width=0.1))
     sparsify(model, magnitude_masks(model, 0.8))
     shape = (1, 1, 16, 16, 16)
@@ -140,6 +152,7 @@ def test_layers_on_a_dense_path_execute_densely(monkeypatch: pytest.MonkeyPatch)
         if isinstance(layer, MaskedConv3d):
             layer.backend = "reference"
     report = flops.count(model, shape)
+    assert {row.path for row in report.by_layer.values()} == {"dense"}
     assert report.executed_forward == report.dense_forward
     assert report.executed_train_step == report.dense_train_step
 
@@ -150,10 +163,69 @@ def test_layers_on_a_dense_path_execute_densely(monkeypatch: pytest.MonkeyPatch)
     assert only_first.executed_train_step == report.train_step + saved
     assert only_first.executed_forward == report.forward + first.dense_forward - first.forward
 
-    row = dispatch.TABLE["masked_conv3d", dispatch.ANY_DEVICE][0]
-    fast = dispatch.Implementation(row.backend, row.load, follows_mask=True)
-    monkeypatch.setitem(dispatch.TABLE, ("masked_conv3d", "cpu"), (fast,))
-    assert flops.count(model, shape).executed_train_step == report.train_step
+    for layer in model.modules():
+        if isinstance(layer, MaskedConv3d):
+            layer.backend = "cpu"
+    kernels = flops.count(model, shape)
+    assert kernels.executed_forward == report.forward
+    assert kernels.executed_train_step == report.train_step
+
+
+def paths_taken(model: nn.Module, x: Tensor) -> dict[str, str]:
+    """Backend of each convolution by its name, from what `explain` lists."""
+    dispatch.clear_records()
+    model(x)
+    by_shape = {c.detail: c.backend for c in explain().calls if c.op != "norm_pool_relu"}
+    return {
+        name: by_shape[f"{tuple(layer.weight.shape)} float32"]
+        for name, layer in model.named_modules()
+        if isinstance(layer, MaskedConv3d)
+    }
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.95])
+def test_executed_operations_follow_what_really_ran(sparsity: float) -> None:
+    model = sparsify(BrainAgeCNN((46, 55, 46), width=0.25))
+    sparsify(model, magnitude_masks(model, sparsity, scope="layer"))
+    shape = (2, 1, 46, 55, 46)
+    report = flops.count(model, shape)
+    step = paths_taken(model, torch.randn(shape))
+    with torch.no_grad():
+        forward = paths_taken(model, torch.randn(shape))
+    for name, row in report.by_layer.items():
+        assert (row.path == "dense") == (step[name] == "dense"), name
+        if row.path == "dense":
+            assert row.executed_train_step == row.dense_train_step
+        elif sparsity >= 0.9:
+            assert row.executed_train_step == row.train_step
+        if forward[name] == "dense":
+            assert row.executed_forward == row.dense_forward
+        elif sparsity >= 0.9:
+            assert row.executed_forward == row.forward
+
+
+def test_kernels_that_compute_pruned_weights_count_as_dense_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = sparsify(nn.Sequential(nn.Conv3d(8, 16, 3, padding=1)))
+    sparsify(model, magnitude_masks(model, 0.1))
+    layer = model[0]
+    assert isinstance(layer, MaskedConv3d)
+    layer.backend = "cpu"
+    selector.decide.cache_clear()
+    monkeypatch.setattr(cost, "grouped_pays", lambda *_: True)
+    row = flops.count(model, (1, 8, 12, 12, 12)).by_layer["0"]
+    selector.decide.cache_clear()
+    assert row.path == "mixed"
+    assert row.executed_forward == row.dense_forward > row.forward
+    assert row.executed_train_step == row.train_step + row.dense_forward - row.forward
+
+
+def test_every_call_of_a_layer_counts_on_its_own_path() -> None:
+    model = sparsify(Skip())
+    row = flops.count(model, (2, 1, 5, 6, 7), dense_layers=["twice"]).by_layer["twice"]
+    assert row.executed_train_step == row.dense_train_step
+    assert flops.count(model, (0, 1, 5, 6, 7)).by_layer["twice"].path == "dense"
 
 
 def test_counting_leaves_the_model_as_it_was() -> None:

@@ -2,28 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 
-import torch
 from torch import Tensor
 
 from sparsekit.kernels import buffers, parallel
-from sparsekit.kernels.compiled import Kernel
-from sparsekit.kernels.conv_norm_pool_relu import norm_pool
 from sparsekit.kernels.masked_conv3d import run as conv
-from sparsekit.kernels.masked_conv3d.geometry import Geometry, Shape
+from sparsekit.kernels.masked_conv3d.geometry import BLOCK_GRADIENT_BYTES, Geometry, Shape
 from sparsekit.kernels.masked_conv3d.plan import Plan
-from sparsekit.kernels.vector import LANES
-
-_BYTES_PER_THREAD = 1 << 18
-# Padded gradient in memory at a time: it should stay in the last cache until it is read.
-_GRADIENT_BYTES = 8 << 20
-
-
-@cache
-def _forward_kernel(eps: float) -> Kernel:
-    made: Kernel = norm_pool.make_forward(eps)
-    return made
+from sparsekit.kernels.norm_pool_relu import cpu as norm_pool
+from sparsekit.kernels.norm_pool_relu import run as norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,27 +35,17 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, *, eps: 
     samples, channels = x.shape[0], weight.shape[0]
     padded = conv.pack_source(x, layout_)
     planes = conv.forward(padded, weight, bias, plan, samples, dense=False)
-    d, h, w = layout_.shape.out
-    pooled = buffers.empty((samples, channels, d // 2, h // 2, w // 2))
-    # Readers of the last window take a whole vector.
-    winner = torch.empty(pooled.numel() + LANES, dtype=torch.uint8, device="cpu")
-    statistics = buffers.empty((samples * channels, 3))
-    scratch = buffers.empty((samples * channels * 2 * LANES,))
     target = layout_.target
-    kernel = _forward_kernel(eps)
-    job = kernel.job(
-        parts=samples * channels, x=planes.data_ptr(), y=pooled.data_ptr(),
-        winner=winner.data_ptr(), statistics=statistics.data_ptr(), scratch=scratch.data_ptr(),
-        channels=channels, depth=d, height=h, width=w, pitch=4 * layout_.pitch,
-        plane=4 * target.plane, channel=4 * target.channel, sample=4 * target.sample,
-    )  # fmt: skip
-    parallel.run(kernel.address, job, parallel.thread_count(4 * planes.numel(), _BYTES_PER_THREAD))
-    return Saved(padded, planes, pooled, winner, statistics)
+    where = norm.Planes(
+        layout_.shape.out, layout_.pitch, target.plane, target.channel, target.sample
+    )
+    pooled = norm.forward(planes, where, samples, channels, eps)
+    return Saved(padded, planes, pooled.y, pooled.winner, pooled.statistics)
 
 
 def plan_of(mask: Tensor, shape: Shape) -> Plan:
     """Plan of a mask whose gradient goes through a cache a few planes at a time."""
-    return conv.plan_of(mask, shape, _GRADIENT_BYTES)
+    return conv.plan_of(mask, shape, BLOCK_GRADIENT_BYTES)
 
 
 def backward(
@@ -80,20 +57,9 @@ def backward(
     samples, channels = grad.shape[:2]
     d, h, w = layout_.shape.out
     grad = grad.contiguous()
-    assert saved.pooled is not None
-    slopes = buffers.empty((samples * channels, 2))
-    bias_grad = buffers.empty((samples, channels))
-    threads = parallel.thread_count(4 * saved.planes.numel(), _BYTES_PER_THREAD)
-    parallel.run(
-        norm_pool.slopes.address,
-        norm_pool.slopes.job(
-            parts=samples * channels, y=saved.pooled.data_ptr(), grad=grad.data_ptr(),
-            statistics=saved.statistics.data_ptr(), slopes=slopes.data_ptr(),
-            bias_grad=bias_grad.data_ptr(), pooled=(d // 2) * (h // 2) * (w // 2),
-            voxels=d * h * w,
-        ),
-        threads,
-    )  # fmt: skip
+    pooled = norm.Pooled(saved.pooled, saved.winner, saved.statistics)
+    slopes, bias_grad = norm.slopes(pooled, grad, layout_.shape.out)
+    threads = norm.threads_for(saved.planes.numel())
     at_once = 1 if layout_.resident else samples
     g = buffers.empty((at_once * grid.sample,))
     parts = min(at_once * channels, 2 * threads)

@@ -4,13 +4,15 @@ Eager code takes `_MaskedConv3d`; code that torch compiles takes the operator
 ``sparsekit::masked_conv3d``, which has a fake implementation and the same kernels.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
-from sparsekit.kernels.masked_conv3d import run, voxels
+from sparsekit.kernels.masked_conv3d import run, selector, voxels
+from sparsekit.kernels.masked_conv3d.cost import Gradients
 from sparsekit.kernels.masked_conv3d.geometry import Shape
 from sparsekit.kernels.masked_conv3d.plan import Plan
 from sparsekit.types import Size3
@@ -105,6 +107,31 @@ def masked_conv3d(
     return y
 
 
+def masked_conv3d_choosing(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    *,
+    stride: Size3,
+    padding: Size3,
+    dilation: Size3,
+    groups: int,
+    voxel_mask: Tensor | None,
+    precision: str,
+) -> Tensor:
+    """Let the operator choose between the kernels and torch's dense convolution when it runs.
+
+    For code that torch compiles: the mask has no values yet, but it is known what needs a gradient.
+    """
+    del precision
+    y: Tensor = torch.ops.sparsekit.masked_conv3d(
+        x, weight, mask, bias, stride, padding, dilation, groups, voxel_mask,
+        selector.gradients_of(x, weight, bias),
+    )  # fmt: skip
+    return y
+
+
 def _shape(
     x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int],
     groups: int,
@@ -117,18 +144,38 @@ def _shape(
 def masked_conv3d_op(
     x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, stride: list[int],
     padding: list[int], dilation: list[int], groups: int, voxel_mask: Tensor | None,
+    choose_for: str = "",
 ) -> Tensor:  # fmt: skip
-    """Convolve with the unpruned weights; arguments as in `masked_conv3d`."""
+    """Convolve with the unpruned weights; arguments as in `masked_conv3d`.
+
+    With gradients in `choose_for` (`cost.Gradients`), torch's dense convolution may run instead of
+    the kernels. The backward operator gets the same text and so decides alike.
+    """
     shape = _shape(x, weight, stride, padding, dilation, groups)
+    if _takes_dense(choose_for, shape, x, weight, mask):
+        y = functional.conv3d(
+            x, torch.where(mask, weight, 0.0), bias, stride, padding, dilation, groups
+        )
+        return (y if voxel_mask is None else torch.where(voxel_mask, y, 0.0)).contiguous()
     return _forward(x, weight, mask, bias, shape, voxel_mask)[0]
+
+
+def _takes_dense(choose_for: str, shape: Shape, x: Tensor, weight: Tensor, mask: Tensor) -> bool:
+    if not choose_for:
+        return False
+    return selector.decide_for(
+        "masked_conv3d", x, weight, selector.density_of(mask), cast(Gradients, choose_for),
+        stride=shape.stride, padding=shape.padding, dilation=shape.dilation, groups=shape.groups,
+    ).dense  # fmt: skip
 
 
 @masked_conv3d_op.register_fake
 def _(
     x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, stride: list[int],
     padding: list[int], dilation: list[int], groups: int, voxel_mask: Tensor | None,
+    choose_for: str = "",
 ) -> Tensor:  # fmt: skip
-    del mask, bias, groups, voxel_mask
+    del mask, bias, groups, voxel_mask, choose_for
     out = [
         (n + 2 * p - e * (k - 1) - 1) // s + 1
         for n, p, e, k, s in zip(
@@ -141,42 +188,62 @@ def _(
 @torch.library.custom_op("sparsekit::masked_conv3d_backward", mutates_args=(), device_types="cpu")
 def masked_conv3d_backward_op(
     grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, voxel_mask: Tensor | None,
-    stride: list[int], padding: list[int], dilation: list[int], groups: int,
+    stride: list[int], padding: list[int], dilation: list[int], groups: int, choose_for: str,
+    need_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of the input, the weight and the bias."""
+    """Gradients of the input (empty unless `need_x`), the weight and the bias."""
     shape = _shape(x, weight, stride, padding, dilation, groups)
+    if _takes_dense(choose_for, shape, x, weight, mask):
+        return _dense_backward(
+            grad, x, weight, mask, voxel_mask, stride, padding, dilation, groups, need_x
+        )
     plan = run.plan_of(mask, shape)
     padded = run.pack_source(x.detach(), plan.geometry)
-    dx, dw, db = _backward(grad, padded, weight, plan, voxel_mask, need_x=True)
-    assert dx is not None
-    return dx, dw, db
+    dx, dw, db = _backward(grad, padded, weight, plan, voxel_mask, need_x)
+    return x.new_empty(0) if dx is None else dx, dw, db
+
+
+def _dense_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, voxel_mask: Tensor | None,
+    stride: list[int], padding: list[int], dilation: list[int], groups: int, need_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if voxel_mask is not None:
+        grad = torch.where(voxel_mask, grad, 0.0)
+    dx, dw, db = torch.ops.aten.convolution_backward(
+        grad, x, torch.where(mask, weight, 0.0), [len(weight)], stride, padding, dilation, False,
+        [0, 0, 0], groups, [need_x, True, True],
+    )  # fmt: skip
+    dx = dx.contiguous() if need_x else x.new_empty(0)
+    return dx, torch.where(mask, dw, 0.0), db
 
 
 @masked_conv3d_backward_op.register_fake
 def _(
     grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, voxel_mask: Tensor | None,
-    stride: list[int], padding: list[int], dilation: list[int], groups: int,
+    stride: list[int], padding: list[int], dilation: list[int], groups: int, choose_for: str,
+    need_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    del mask, voxel_mask, stride, padding, dilation, groups
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), grad.new_empty(weight.shape[0])
+    del mask, voxel_mask, stride, padding, dilation, groups, choose_for
+    dx = x.new_empty(x.shape if need_x else 0)
+    return dx, weight.new_empty(weight.shape), grad.new_empty(weight.shape[0])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     del output
-    x, weight, mask, _, stride, padding, dilation, groups, voxel_mask = inputs
+    x, weight, mask, _, stride, padding, dilation, groups, voxel_mask, choose_for = inputs
     ctx.save_for_backward(x, weight, mask, voxel_mask)
-    ctx.arguments = (stride, padding, dilation, groups)
+    ctx.arguments = (stride, padding, dilation, groups, choose_for)
 
 
 def _op_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, mask, voxel_mask = ctx.saved_tensors
-    dx, dw, db = torch.ops.sparsekit.masked_conv3d_backward(
-        grad, x, weight, mask, voxel_mask, *ctx.arguments
-    )
     needs = ctx.needs_input_grad
+    dx, dw, db = torch.ops.sparsekit.masked_conv3d_backward(
+        grad, x, weight, mask, voxel_mask, *ctx.arguments, needs[0]
+    )
     return (
         dx if needs[0] else None, dw if needs[1] else None, None, db if needs[3] else None,
-        None, None, None, None, None,
+        None, None, None, None, None, None,
     )  # fmt: skip
 
 

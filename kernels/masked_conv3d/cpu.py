@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from sparsekit.kernels.compiled import Kernel, kernel
-from sparsekit.kernels.masked_conv3d.record import record
 from sparsekit.kernels.masked_conv3d.rows import (
     clear_rows,
     stream_numbers,
@@ -24,6 +23,7 @@ from sparsekit.kernels.memory import (
     load_int,
 )
 from sparsekit.kernels.parallel import take
+from sparsekit.kernels.record import record
 from sparsekit.kernels.vector import (
     LANES,
     VECTOR_BYTES,

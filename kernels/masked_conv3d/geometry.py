@@ -14,6 +14,7 @@ All sizes and offsets count float32 numbers.
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,10 +22,17 @@ from sparsekit.types import Size3
 
 CHANNELS_AT_ONCE = 4
 """Output channels that share a loaded vector where most weights are kept."""
+BLOCK_GRADIENT_BYTES = 8 << 20
+"""Padded gradient that a fused block has in memory at a time: a last cache should hold it."""
 # Registers beside a tile: a broadcast weight, a loaded vector, and one to spare.
 _OTHER_REGISTERS = 3
 # Vectors that one step through a tile's list costs beside its products.
 _STEP_COST = 1.5
+# A block of channels should stay in the first cache if each of its lists is long enough to pay for
+# reading and writing the tile's sums once more, else in the second.
+_FIRST_CACHE_BYTES = 32 << 10
+_SECOND_CACHE_BYTES = 384 << 10
+_LEAST_ENTRIES = 6.0
 _MOST_COLUMNS = 27
 _FEWEST_PLANES = 4
 
@@ -90,6 +98,8 @@ class Geometry:
     """Layout of the three buffers of a convolution, and its tilings."""
 
     shape: Shape
+    lanes: int
+    """Numbers of a vector."""
     pitch: int
     """From one row to the next, in all buffers."""
     source: Grid
@@ -234,6 +244,7 @@ def geometry(
 
     return Geometry(
         shape=shape,
+        lanes=lanes,
         pitch=pitch,
         source=padded(source_channels, plane, planes, interior, source_end),
         gradient=padded(
@@ -254,3 +265,18 @@ def geometry(
         reach=reach[0],
         resident=resident,
     )
+
+
+def block_channels(layout: Geometry, density: float, grid: Grid, tiling: Tiling) -> int:
+    """Channels of `grid` that a pass reads before it goes on to the next ones.
+
+    Never fewer at a lower density.
+    """
+    shape = layout.shape
+    reach = [e * (k - 1) for e, k in zip(shape.dilation, shape.kernel, strict=True)]
+    plane_numbers = tiling.columns * layout.lanes + reach[1] * layout.pitch
+    channel_bytes = 4 * plane_numbers * (tiling.rows + reach[0])
+    first = max(1, _FIRST_CACHE_BYTES // channel_bytes)
+    if first * math.prod(shape.kernel) * density >= _LEAST_ENTRIES:
+        return min(first, grid.channels)
+    return min(max(1, _SECOND_CACHE_BYTES // channel_bytes), grid.channels)

@@ -11,10 +11,10 @@ import numpy as np
 
 from sparsekit.kernels.compiled import Kernel, kernel
 from sparsekit.kernels.masked_conv3d.geometry import CHANNELS_AT_ONCE
-from sparsekit.kernels.masked_conv3d.record import record
 from sparsekit.kernels.masked_conv3d.rows import stream_numbers
 from sparsekit.kernels.memory import load_byte, load_float, load_int, store_float
 from sparsekit.kernels.parallel import take
+from sparsekit.kernels.record import record
 from sparsekit.kernels.vector import (
     VECTOR_BYTES,
     add_products,

@@ -9,9 +9,9 @@ import numba
 import numpy as np
 
 from sparsekit.kernels.compiled import kernel
-from sparsekit.kernels.masked_conv3d.record import record
 from sparsekit.kernels.memory import clear_bytes, copy_bytes, load_float, load_int, store_float
 from sparsekit.kernels.parallel import take
+from sparsekit.kernels.record import record
 
 PACK = record(
     "source", "target", "sums", "channels", "samples", "source_voxels",

@@ -14,8 +14,8 @@ from sparsekit.errors import BackendError
 from sparsekit.kernels import parallel
 from sparsekit.kernels.compiled import kernel
 from sparsekit.kernels.masked_conv3d.geometry import Geometry
-from sparsekit.kernels.masked_conv3d.record import record
 from sparsekit.kernels.memory import load_byte, load_int, store_int
+from sparsekit.kernels.record import record
 
 Ints = npt.NDArray[np.int32]
 

@@ -1,18 +1,17 @@
 """Drivers of the CPU kernels: from tensors to jobs and back. float32 only."""
 
-import math
-
 import numpy as np
 from torch import Tensor
 
 from sparsekit.kernels import buffers, parallel
 from sparsekit.kernels.compiled import Kernel
-from sparsekit.kernels.masked_conv3d import cpu, grouped, layout
+from sparsekit.kernels.masked_conv3d import cost, cpu, grouped, layout
 from sparsekit.kernels.masked_conv3d.geometry import (
     CHANNELS_AT_ONCE,
     Geometry,
     Grid,
     Shape,
+    block_channels,
     geometry,
 )
 from sparsekit.kernels.masked_conv3d.plan import Plan, PlanCache, build
@@ -20,14 +19,6 @@ from sparsekit.kernels.masked_conv3d.rows import row_table
 from sparsekit.kernels.vector import LANES, REGISTERS, VECTOR_BYTES
 from sparsekit.types import Size3
 
-# A block of channels should stay in the first cache if each of its lists is long enough to pay for
-# reading and writing the tile's sums once more, else in the second.
-_FIRST_CACHE_BYTES = 32 << 10
-_SECOND_CACHE_BYTES = 384 << 10
-_LEAST_ENTRIES = 6.0
-# Share of kept weights above which the zeros are computed as well: a list reads a vector for each
-# multiply-add, a group of channels for four.
-_GROUPED_DENSITY = 0.6
 # Work below which a second thread costs more than it brings, in multiply-adds.
 _WORK_PER_THREAD = 1 << 18
 _BYTES_PER_THREAD = 1 << 18
@@ -53,9 +44,8 @@ def plan_of(mask: Tensor, shape: Shape, gradient_bytes: int | None = None) -> Pl
 
     def make() -> Plan:
         layout_ = geometry(shape, LANES, REGISTERS, gradient_bytes)
-        taps = math.prod(shape.kernel)
         sizes = [
-            _block_channels(layout_, taps, cache.density, grid, tiling.rows, tiling.columns)
+            block_channels(layout_, cache.density, grid, tiling)
             for grid, tiling in (
                 (layout_.source, layout_.forward),
                 (layout_.gradient, layout_.backward),
@@ -65,18 +55,6 @@ def plan_of(mask: Tensor, shape: Shape, gradient_bytes: int | None = None) -> Pl
 
     plan: Plan = cache.get((shape, gradient_bytes), make)
     return plan
-
-
-def _block_channels(
-    layout_: Geometry, taps: int, density: float, grid: Grid, rows: int, columns: int
-) -> int:
-    reach = [e * (k - 1) for e, k in zip(layout_.shape.dilation, layout_.shape.kernel, strict=True)]
-    plane_bytes = columns * VECTOR_BYTES + 4 * reach[1] * layout_.pitch
-    channel_bytes = plane_bytes * (rows + reach[0])
-    first = max(1, _FIRST_CACHE_BYTES // channel_bytes)
-    if first * taps * density >= _LEAST_ENTRIES:
-        return min(first, grid.channels)
-    return min(max(1, _SECOND_CACHE_BYTES // channel_bytes), grid.channels)
 
 
 def pack_source(x: Tensor, layout_: Geometry) -> Tensor:
@@ -153,15 +131,7 @@ def _threads(plan: Plan, samples: int) -> int:
 
 def _takes_grouped(plan: Plan, active: Tensor | None) -> bool:
     """Whether several output channels at a time, zeros included, are faster than a list."""
-    layout_ = plan.geometry
-    return (
-        plan.density > _GROUPED_DENSITY
-        and active is None
-        and layout_.shape.groups == 1
-        and layout_.classes == (1, 1, 1)
-        and layout_.shape.c_out >= CHANNELS_AT_ONCE
-        and REGISTERS >= 32
-    )
+    return active is None and cost.grouped_pays(plan.geometry.shape, plan.density)
 
 
 def forward(

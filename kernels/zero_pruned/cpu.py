@@ -8,8 +8,8 @@ from torch import Tensor
 
 from sparsekit.kernels import parallel
 from sparsekit.kernels.compiled import kernel
-from sparsekit.kernels.masked_conv3d.record import record
 from sparsekit.kernels.memory import load_byte, store_float
+from sparsekit.kernels.record import record
 from sparsekit.kernels.vector import LANES, any_bits_outside
 
 # Vectors that are looked at before anything is written.

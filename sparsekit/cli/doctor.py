@@ -10,14 +10,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sparsekit import flops
 from sparsekit._version import __version__
 from sparsekit.kernels import dispatch
+from sparsekit.models import BrainAgeCNN
+from sparsekit.nn import sparsify
 
 _LIBRARIES = ("torch", "numpy", "scipy", "nibabel", "numba", "triton", "zstandard", "xxhash")
 _EXTRAS = {
     "report": ("matplotlib",),
     "bench": ("pytest_benchmark",),
 }
+_SPARSITIES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99)
 
 
 def doctor() -> None:
@@ -25,6 +29,8 @@ def doctor() -> None:
     console = Console(highlight=False)
     console.print(_system())
     console.print(_ops())
+    console.print(_layers())
+    console.print(_fit())
     console.print(_extras())
 
 
@@ -64,6 +70,54 @@ def _ops() -> Table:
             table.add_row(
                 op, device, choice.implementation.backend, choice.reason, ", ".join(others) or "-"
             )
+    return table
+
+
+def _layers() -> Table:
+    """Predictions for the default network, whose blocks run as one op each."""
+    model = sparsify(BrainAgeCNN())
+    shape = (1, 1, *model.in_shape)
+    table = _table(
+        "Training step of BrainAgeCNN, one scan, on the CPU: predicted ms of the kernels : of the "
+        "dense path; * is taken",
+        "layer",
+        *(f"{sparsity:.0%} pruned" for sparsity in _SPARSITIES),
+    )
+    cells: dict[str, list[str]] = {}
+    for sparsity in _SPARSITIES:
+        for name, d in flops.decisions(model, shape, 1.0 - sparsity).items():
+            kernels, dense = f"{1e3 * d.kernel_seconds:.3g}", f"{1e3 * d.dense_seconds:.3g}"
+            text = f"{kernels} : {dense}*" if d.dense else f"{kernels}* : {dense}"
+            cells.setdefault(name, []).append(text)
+    for name, row in cells.items():
+        table.add_row(name, *row)
+    return table
+
+
+def _fit() -> Table:
+    """How far to trust the predictions."""
+    from sparsekit.kernels.masked_conv3d import cost
+
+    shipped = cost.shipped()
+    table = _table("Predictions, on layers that took no part in the fit", "what", "found")
+    machine = shipped["machine"]
+    table.add_row(
+        "fitted on",
+        f"{machine['cpu']}, {machine['instructions']}, {machine['threads']} threads, "
+        f"torch {machine['torch']}",
+    )
+    for side, error in shipped["errors"].items():
+        table.add_row(
+            f"predicted / measured, {side}",
+            f"median {error['median_ratio']}, typically off by {error['median_error']:.0%}, "
+            f"worst {error['worst_ratio']}",
+        )
+    regret = shipped["regret"]["held_out"]
+    table.add_row(
+        "slower than the better path",
+        f"median {regret['median']:.0%}, mean {regret['mean']:.1%}, worst {regret['worst']:.0%} "
+        f"of {regret['choices']} choices",
+    )
     return table
 
 

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from sparsekit._version import __version__
-from sparsekit.cli import codec, cohort, doctor, fed
+from sparsekit.cli import bench, codec, cohort, doctor, fed
 from sparsekit.cli.consoles import describe, notice_console, printable
 from sparsekit.errors import SparsekitError, UsageError
 
@@ -46,6 +46,7 @@ app = typer.Typer(
 app.add_typer(cohort.app, name="cohort")
 app.add_typer(fed.app, name="fed")
 app.add_typer(codec.app, name="codec")
+app.add_typer(bench.app, name="bench")
 app.command("doctor")(doctor.doctor)
 
 

@@ -41,11 +41,11 @@ def pool_windows(
     Parameters (int64 addresses and bytes but for ``pivot``, float32)
     ----------
     first
-        First column of the upper row in the upper plane; whole vectors are read from it on.
+        First column of the upper row in the upper plane.
     row, plane
         Bytes to the lower row and to the lower plane.
     columns
-        Columns that count, at least 1; others are read and left out.
+        Columns that are left, at least 1.
     pivot
         Subtracted before sums are taken.
     target, winner
@@ -68,8 +68,10 @@ def pool_windows(
         for half in range(2):
             start = builder.add(first_, I64(half * VECTOR_BYTES))
             lower = builder.add(start, plane_)
+            lanes = ir.Constant(integers, [half * LANES + i for i in range(LANES)])
+            inside = builder.icmp_signed("<", lanes, splat_int(builder, count))
             values = [
-                load(builder, address)
+                masked_load(builder, address, inside)
                 for address in (start, builder.add(start, row_), lower, builder.add(lower, row_))
             ]
             top = values[0]
@@ -80,8 +82,6 @@ def pool_windows(
                 top = builder.select(larger, value, top)
             tops.append(top)
             places.append(place)
-            lanes = ir.Constant(integers, [half * LANES + i for i in range(LANES)])
-            inside = builder.icmp_signed("<", lanes, splat_int(builder, count))
             for value in values:
                 moved = builder.select(inside, builder.fsub(value, center), zero)
                 total = builder.fadd(total, moved)
@@ -143,7 +143,7 @@ def unpool_windows(
     target, target_plane
         The same for the result; the rows of both lie ``row`` bytes apart.
     columns
-        Columns that count, at least 1; others are read and not written.
+        Columns that are left, at least 1.
     pooled, winner, grad
         First of the ``columns // 2`` windows in each map; of ``winner`` a whole vector is read.
     """
@@ -188,12 +188,13 @@ def unpool_windows(
             )
             for half, order in enumerate((low_half, high_half)):
                 start = I64(half * VECTOR_BYTES)
-                moved = builder.fsub(load(builder, builder.add(first, start)), center_high)
+                here = ir.Constant(integers, [half * LANES + i for i in range(LANES)])
+                inside = builder.icmp_signed("<", here, splat_int(builder, count))
+                value = masked_load(builder, builder.add(first, start), inside)
+                moved = builder.fsub(value, center_high)
                 moved = builder.fsub(moved, center_low)
                 value = fma(builder, factor, moved, summand)
                 value = builder.fadd(value, shuffle(builder, left, right, order))
-                here = ir.Constant(integers, [half * LANES + i for i in range(LANES)])
-                inside = builder.icmp_signed("<", here, splat_int(builder, count))
                 masked_store(builder, value, builder.add(place, start), inside, f"v{LANES}f32")
         return context.get_dummy_value()
 

@@ -1,4 +1,4 @@
-"""Job records of the convolution kernels."""
+"""Job records whose fields are all numbers."""
 
 import numpy as np
 
