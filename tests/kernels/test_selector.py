@@ -201,8 +201,8 @@ def test_named_kernels_always_run(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_changed_mask_is_decided_anew() -> None:
     layer = MaskedConv3d(16, 32, 3, padding=1)
     x = torch.randn(1, 16, 24, 24, 24)
-    call = Call("masked_conv3d", Shape(16, 32, (24,) * 3, (3,) * 3, (1,) * 3, (1,) * 3, (1,) * 3, 1),
-                1, "weight", torch.get_num_threads())  # fmt: skip
+    shape = Shape(16, 32, (24,) * 3, (3,) * 3, (1,) * 3, (1,) * 3, (1,) * 3, 1)
+    call = Call("masked_conv3d", shape, 1, "weight", torch.get_num_threads())
     for density in (1.0, 0.02):
         mask = torch.rand(layer.weight.shape) < density
         layer.set_mask(mask)
