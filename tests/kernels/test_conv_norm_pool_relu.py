@@ -150,7 +150,9 @@ def test_every_way_through_the_kernels(
         shape = conv_run.shape_of(
             leaves[0], leaves[1], case.stride, case.padding, case.dilation, case.groups
         )
-        assert block_run.plan_of(mask.clone(), shape).geometry.resident or case.out[0] <= 8
+        layout = block_run.plan_of(mask.clone(), shape).geometry
+        # Tiles of several planes are not walked through in order.
+        assert layout.resident or layout.backward.rows > 1 or case.out[0] <= 8
     check(compare, leaves, mask, grad, case)
 
 
