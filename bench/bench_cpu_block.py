@@ -5,7 +5,7 @@ Run with ``pytest bench/bench_cpu_block.py``.
 
 import pytest
 
-from sparsekit.bench.blocks import block_case, norm_pool_relu_case
+from sparsekit.bench.blocks import block_case, norm_pool_relu_case, within_block_case
 from sparsekit.bench.conftest import Compare
 from sparsekit.bench.network import SPARSITIES
 
@@ -23,3 +23,8 @@ def test_first_block(compare: Compare, sparsity: float) -> None:
 @pytest.mark.parametrize("number", [2, 3, 4, 5])
 def test_other_block(compare: Compare, number: int) -> None:
     compare(block_case(number, 0.95), 11)
+
+
+@pytest.mark.parametrize("number", [2, 3, 4])
+def test_within_block(compare: Compare, number: int) -> None:
+    compare(within_block_case(number, 0.95), 15)

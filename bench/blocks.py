@@ -1,11 +1,13 @@
 """Blocks of the network behind its convolutions, and with them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsekit.bench.agreement import check_close
+from sparsekit.bench.convolutions import conv_case
 from sparsekit.bench.network import LAYERS, convolutions, masked_network, random_mask, stock_network
 from sparsekit.bench.pairs import OURS, STOCK, Case
 from sparsekit.models import BrainAgeCNN
@@ -52,6 +54,44 @@ def norm_pool_relu_case(numbers: Sequence[int]) -> Case:
     labels = {"what": "norm + pool + ReLU, forward + gradients", "layer": _name(numbers)}
     sides = {STOCK: lambda: [f() for f in stocks], OURS: lambda: [f() for f in own]}
     return Case(labels, sides)
+
+
+WITHOUT_CONVOLUTION = "ours, convolution alone"
+IN_BLOCK = "norm + pool + ReLU within the fused block"
+
+
+def within_block_case(number: int, sparsity: float) -> Case:
+    """What norm, pooling and ReLU add to a convolution: the fused block beside the convolution.
+
+    `in_block_ratios` makes the figure of it.
+    """
+    whole = block_case(number, sparsity)
+    alone = conv_case(f"conv{number}", sparsity, "step")
+    layers = norm_pool_relu_case((number,))
+    sides = {
+        STOCK: layers.sides[STOCK],
+        WITHOUT_CONVOLUTION: alone.sides[OURS],
+        OURS: whole.sides[OURS],
+    }
+    return Case({**whole.labels, "what": IN_BLOCK}, sides)
+
+
+def in_block_ratios(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Stock's three layers over what they add to ours, all these blocks together, by round."""
+    rounds = zip(
+        *(
+            zip(*(row["milliseconds"][s] for s in (STOCK, OURS, WITHOUT_CONVOLUTION)), strict=True)
+            for row in rows
+        ),
+        strict=True,
+    )
+    found = []
+    for blocks in rounds:
+        stock = sum(times[0] for times in blocks)
+        added = sum(times[1] - times[2] for times in blocks)
+        # Noise alone can make a small difference negative; it counts as almost nothing.
+        found.append(stock / max(added, 0.01 * stock))
+    return found
 
 
 def _name(numbers: Sequence[int]) -> str:

@@ -7,7 +7,7 @@ the kernels, over random places in 24 KiB.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,9 @@ import torch
 from sparsekit.bench.pairs import Case
 from sparsekit.kernels import parallel
 from sparsekit.kernels.compiled import Kernel, kernel
-from sparsekit.kernels.masked_conv3d.record import record
 from sparsekit.kernels.memory import load_float, load_int
 from sparsekit.kernels.parallel import take
+from sparsekit.kernels.record import record
 from sparsekit.kernels.vector import (
     LANES,
     REGISTERS,
@@ -110,14 +110,14 @@ def loads(backward: bool, threads: int) -> tuple[Callable[[], None], int]:
         parts=threads, x=x.ctypes.data, offsets=offsets.ctypes.data, values=values.ctypes.data,
         entries=_ENTRIES, repeats=_REPEATS, out=out.ctypes.data,
     )  # fmt: skip
-    kept = (x, offsets, values, out)
 
-    def call() -> None:
-        assert kept
+    def call(*_kept: object) -> None:
         parallel.run(made.address, job, threads)
 
     products = threads * _REPEATS * _ENTRIES * vectors * LANES
-    return call, 2 * products if backward else products
+    # The job holds addresses only: the call keeps the arrays.
+    kept = partial(call, x, offsets, values, out)
+    return kept, 2 * products if backward else products
 
 
 def stream_case() -> Case:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sparsekit.bench.blocks import IN_BLOCK, in_block_ratios
 from sparsekit.bench.network import LAYERS, MEAN_LAYERS, SPARSITIES
 from sparsekit.bench.pairs import OURS, STOCK, quartiles, ratio
 from sparsekit.bench.selection import PARTITION, PRUNE, READ, SIZES, TOPK
@@ -27,6 +28,7 @@ _BARS: dict[str, Sequence[float]] = {
 _TOPK_BARS = {PARTITION: 4.0, TOPK: 50.0, PRUNE: 400.0}
 _MOST_READS = 4.0
 _BLOCKS_BAR = 4.0
+_MIDDLE_BLOCKS = (2, 3, 4)
 _FIRST_BLOCK_BAR, _FIRST_BLOCK_AT = 40.0, 0.95
 _MEMORY_BAR = 0.4
 _COMPILE_BAR_S, _LOAD_BAR_S = 20.0, 1.5
@@ -99,7 +101,9 @@ def best_dense(row: Row) -> tuple[str, Quartiles]:
 
 
 def _maybe(row: Row | None, side: str, over: str = OURS) -> Quartiles | None:
-    return None if row is None else ratio(row, side, over)
+    if row is None or not {side, over} <= row["milliseconds"].keys():
+        return None
+    return ratio(row, side, over)
 
 
 def figures(rows: Sequence[Row]) -> list[Figure]:
@@ -171,8 +175,8 @@ def _topk(rows: Sequence[Row]) -> Iterator[Figure]:
             row = one(rows, what="topk_mask", weights=size, sparsity=sparsity)
             title = f"topk_mask of {size:,} weights, in reads of them"
             reads = _maybe(row, OURS, READ)
-            bar = _MOST_READS if size == SIZES[-1] else None
-            yield Figure(title, percent(sparsity), reads, "x", bar, True)
+            most = _MOST_READS if size == SIZES[-1] else None
+            yield Figure(title, percent(sparsity), reads, "x", most, True)
 
 
 def _blocks(rows: Sequence[Row]) -> Iterator[Figure]:
@@ -181,6 +185,10 @@ def _blocks(rows: Sequence[Row]) -> Iterator[Figure]:
         row = one(rows, what=what, layer=layer)
         bar = _BLOCKS_BAR if layer.startswith("blocks") else None
         yield Figure(what, layer, _maybe(row, STOCK), "x", bar)
+    found = select(rows, what=IN_BLOCK)
+    value = quartiles(in_block_ratios(found)) if len(found) == len(_MIDDLE_BLOCKS) else None
+    case = f"blocks 2 to 4 together, {percent(_FIRST_BLOCK_AT)}"
+    yield Figure(f"{IN_BLOCK}, forward + gradients", case, value, "x", _BLOCKS_BAR)
     what = "block as a whole, forward + gradients"
     for sparsity in _ALL:
         row = one(rows, what=what, layer="block 1", sparsity=sparsity)

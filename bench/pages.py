@@ -25,6 +25,7 @@ from sparsekit.bench.roofline import ceilings, points
 BEGIN, END = "<!-- cpu table: begin -->", "<!-- cpu table: end -->"
 _ALTERNATIVES = (steps.CHANNELS_LAST, steps.BFLOAT16, steps.COMPILED)
 _MISSING = "not measured"
+_FEWEST_ROUNDS = 5
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -106,6 +107,7 @@ def summary(results: Mapping[str, Any]) -> str:
     lines = [
         step_table(rows),
         "",
+        *([warning, ""] if (warning := _warning(rows)) else []),
         "One training step (zero_grad, forward, loss, backward, SGD with the masks enforced) of "
         "`BrainAgeCNN` on a 91 x 109 x 91 scan: times faster than the same network of torch's "
         "modules in eager mode. The last three columns are dense and do not depend on the masks, "
@@ -151,6 +153,7 @@ def page(results: Mapping[str, Any]) -> str:
         "# CPU benchmarks",
         "Written by `make bench-cpu` from docs/results/cpu.json; not by hand.",
         where(results) + f" {' and '.join(dict.fromkeys([dates[0], dates[-1]]))}.",
+        _warning(rows),
         "Baseline (stock): torch eager, contiguous tensors, `nn.Conv3d`, `nn.InstanceNorm3d`, "
         "`nn.MaxPool3d(2)`, `nn.ReLU`. All sides of a comparison run in turns in one process; a "
         "ratio is taken within each round, and its median and quartiles over the rounds are shown. "
@@ -177,6 +180,13 @@ def page(results: Mapping[str, Any]) -> str:
         _agreement(rows),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _warning(rows: Sequence[Row]) -> str:
+    rounds = [len(row["milliseconds"][OURS]) for row in rows if OURS in row.get("milliseconds", ())]
+    if min(rounds, default=_FEWEST_ROUNDS) >= _FEWEST_ROUNDS:
+        return ""
+    return "**Made with BENCH_QUICK, 3 rounds each: to see that all runs, not for figures.**"
 
 
 def _figures(found: Sequence[Figure]) -> str:
@@ -262,10 +272,10 @@ def _roofline(rows: Sequence[Row], machine: Mapping[str, Any]) -> str:
         f"{2 * limits.forward / 1e9:.0f} GFLOP/s forward, with one load from the first cache for "
         f"each multiply-add; {2 * limits.backward / 1e9:.0f} GFLOP/s backward, where a loaded "
         f"vector serves both gradients; {limits.stream / 1e9:.0f} GB/s to and from memory. FLOPs "
-        "count unpruned weights only, 2 for each output voxel and pass. Bytes are the layer's tensors, "
-        "each once; the padded copies that the kernels work on come on top. `limit` names the "
-        "larger of the two least times and its share of the measured time: the rest is loads that "
-        "miss the first cache, padding between rows, packing, and the start of a call."
+        "count unpruned weights only, 2 for each output voxel and pass. Bytes are the layer's "
+        "tensors, each once; the padded copies that the kernels work on come on top. `limit` names "
+        "the larger of the two least times and its share of the measured time: the rest is loads "
+        "that miss the first cache, padding between rows, packing, and the start of a call."
     )
     header = [
         "pass", "layer", "pruned", "GFLOP", "MB", "ms", "GFLOP/s", "GB/s", "loads, least ms",

@@ -67,22 +67,24 @@ class Turns:
             self.samples[name].append(None)
             return
         call, calls = self.case.sides[name], self.calls[name]
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        self.samples[name].append((time.perf_counter() - start) / calls)
+        gc.disable()
+        try:
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            self.samples[name].append((time.perf_counter() - start) / calls)
+        finally:
+            gc.enable()
 
     def others(self) -> None:
         """Sample every side but the last: the first part of a round."""
         gc.collect()
-        gc.disable()
         for name in list(self.case.sides)[:-1]:
             self._sample(name)
 
     def own(self) -> None:
         """Sample the last side, which ends the round."""
         self._sample(list(self.case.sides)[-1])
-        gc.enable()
         self._round += 1
 
     def run(self, rounds: int) -> "Turns":

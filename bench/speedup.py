@@ -10,7 +10,16 @@ from typing import Any
 import torch
 
 from sparsekit.bench.convolutions import conv_case
-from sparsekit.bench.figures import FORWARD, GRADIENTS, NEVER_SLOWER, STEP, best_dense, one, percent
+from sparsekit.bench.figures import (
+    FORWARD,
+    GRADIENTS,
+    NEVER_SLOWER,
+    STEP,
+    Row,
+    best_dense,
+    one,
+    percent,
+)
 from sparsekit.bench.network import LAYERS, MEAN_LAYERS, SPARSITIES
 from sparsekit.bench.pairs import STOCK, Case, Turns, ratio
 from sparsekit.bench.steps import LEFT_DENSE, step_case
@@ -82,7 +91,7 @@ def _times(values: tuple[float, float, float]) -> str:
     return f"{values[1]:.3g}x"
 
 
-def _marked(row: dict[str, Any]) -> str:
+def _marked(row: Row) -> str:
     _, value = best_dense(row)
     return _times(value) + (" !" if value[1] < NEVER_SLOWER else "")
 

@@ -27,7 +27,7 @@ COMPILED = "torch.compile"
 # The prediction, over its value; gradients by the length of the difference. Where two voxels of a
 # pooling window are equal but for rounding, the sides send a gradient to different ones, and all
 # layers below get other numbers: docs/results/cpu.md says how much.
-PREDICTION_LIMIT = 1e-4
+PREDICTION_LIMIT = 1e-3
 GRADIENT_LIMIT = 0.1
 # Small, so that the weights stay what they are over the rounds.
 _LEARNING_RATE = 1e-9

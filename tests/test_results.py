@@ -1,16 +1,28 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from sparsekit.bench.figures import figures
+from sparsekit.bench.pages import rows_of
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_tables_are_those_of_the_results_files() -> None:
+@pytest.mark.parametrize("tool", ["demo_table.py", "cpu_table.py"])
+def test_tables_are_those_of_the_results_files(tool: str) -> None:
     done = subprocess.run(
-        [sys.executable, "tools/demo_table.py", "write", "--check"],
+        [sys.executable, f"tools/{tool}", "write", "--check"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_figures_are_those_of_the_rows() -> None:
+    results = json.loads((ROOT / "docs" / "results" / "cpu.json").read_text(encoding="utf-8"))
+    assert results["figures"] == [figure.as_json() for figure in figures(rows_of(results))]

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsekit.kernels.masked_conv3d import run
+from sparsekit.kernels.masked_conv3d import geometry, run
 from sparsekit.kernels.masked_conv3d.plan import PlanCache
 from sparsekit.kernels.vector import LANES
 from sparsekit.ops import explain, masked_conv3d
@@ -158,11 +158,12 @@ MODES: dict[str, dict[str, int]] = {
 
 def set_mode(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     for name, value in MODES[mode].items():
+        owner = geometry if hasattr(geometry, name) else run
         if value >= 0:
-            monkeypatch.setattr(run, name, value)
+            monkeypatch.setattr(owner, name, value)
         else:
             # Blocks of so many channels, whatever their size.
-            monkeypatch.setattr(run, "_block_channels", lambda *_, n=-value: n)
+            monkeypatch.setattr(run, "block_channels", lambda *_, n=-value: n)
 
 
 @pytest.mark.parametrize("mode", MODES)
