@@ -55,7 +55,7 @@ class Kernel:
         assert names[0] == "next"
         assert job_dtype[0] == np.dtype(np.int64)
         self.job_dtype = job_dtype
-        self._names = frozenset(names)
+        self._zeros: dict[str, Any] = dict.fromkeys(names, 0)
         self.__doc__ = function.__doc__
         self.__name__ = function.__name__
         self._function = function
@@ -83,9 +83,8 @@ class Kernel:
 
     def job(self, **fields: Any) -> Job:
         """Return a new record with these fields; the others are 0."""
-        assert fields.keys() <= self._names
-        values = tuple(fields.get(name, 0) for name in self.job_dtype.names or ())
-        return np.array(values, self.job_dtype)
+        # In the order of the dtype; a field that it lacks makes the tuple too long for it.
+        return np.array(tuple((self._zeros | fields).values()), self.job_dtype)
 
     def _compile(self) -> Any:
         import numba

@@ -247,6 +247,8 @@ def resolve(
             reason = f"the only implementation for {device_type} tensors"
         else:
             reason = f"the first choice for {device_type} tensors"
+            if op in DENSE and device_type == "cpu":
+                reason += " where predicted to be faster than torch's dense convolution"
         return Choice(op, rows[0], reason)
     for row in rows:
         if row.backend == backend:

@@ -173,7 +173,7 @@ def count(
     calls = _trace(model, layers, input_shape)
     report = {}
     for name, uses in calls.items():
-        layer, weight = layers[name], layers[name].weight
+        layer, weight = layers[name], _weight(layers[name])
         alive, all_weights = kept.get(id(weight), weight.numel()), weight.numel()
         if dense_layers is None:
             density = alive / all_weights if all_weights else 0.0
@@ -187,7 +187,7 @@ def count(
 def _layer_flops(
     layer: nn.Module, uses: list[_Call], paths: "list[_Paths]", alive: int, all_weights: int
 ) -> LayerFlops:
-    groups = int(getattr(layer, "groups", 1)) if layer.weight.requires_grad else 0
+    groups = int(getattr(layer, "groups", 1)) if _weight(layer).requires_grad else 0
     forward = sum(use.positions for use in uses)
     input_grad = sum(use.positions for use in uses if use.needs_input_grad)
 
@@ -301,6 +301,11 @@ def decisions(model: nn.Module, input_shape: Shape, density: float) -> "dict[str
 
 def _prunable(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if isinstance(m, PRUNABLE_TYPES)}
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight
 
 
 def _fused(model: nn.Module) -> set[int]:

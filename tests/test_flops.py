@@ -138,9 +138,9 @@ def test_masks_that_the_model_holds_are_taken() -> None:
 def no_zeros(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels skip every pruned weight, whatever the model says."""
     monkeypatch.setattr(cost, "grouped_pays", lambda *_: False)
-    selector.decide.cache_clear()
+    selector.forget()
     yield
-    selector.decide.cache_clear()
+    selector.forget()
 
 
 @pytest.mark.usefixtures("no_zeros")
@@ -212,10 +212,10 @@ def test_kernels_that_compute_pruned_weights_count_as_dense_there(
     layer = model[0]
     assert isinstance(layer, MaskedConv3d)
     layer.backend = "cpu"
-    selector.decide.cache_clear()
+    selector.forget()
     monkeypatch.setattr(cost, "grouped_pays", lambda *_: True)
     row = flops.count(model, (1, 8, 12, 12, 12)).by_layer["0"]
-    selector.decide.cache_clear()
+    selector.forget()
     assert row.path == "mixed"
     assert row.executed_forward == row.dense_forward > row.forward
     assert row.executed_train_step == row.train_step + row.dense_forward - row.forward

@@ -1,12 +1,12 @@
 """Fit the model by which ``backend="auto"`` chooses on a CPU, and write down how well it fits.
 
-    python tools/fit_selector.py                measure (about 8 minutes on an idle machine), fit
+    python tools/fit_selector.py                measure (about 12 minutes on an idle machine), fit
     python tools/fit_selector.py --fit-only     fit what docs/results/selector.json has measured
 
 writes docs/results/selector.json with every measurement and the errors, and the coefficients that
 the package ships. Both sides of each comparison are interleaved in one process; a time is the
-median of its rounds. Layers that are marked as held out take no part in the fit; all errors are
-theirs.
+median of its rounds, in the less disturbed of two passes. Layers that are marked as held out take
+no part in the fit; the errors of the predictions are theirs.
 """
 
 import argparse
@@ -26,6 +26,8 @@ import numba
 import numpy as np
 import torch
 from scipy.optimize import nnls
+from selector_layers import LAYERS, Layer
+from selector_rows import packed, undisturbed, unpacked
 from torch import Tensor
 from torch.nn import functional
 
@@ -38,143 +40,15 @@ RESULTS = Path(__file__).resolve().parent.parent / "docs/results/selector.json"
 DENSITIES = (1.0, 0.7, 0.5, 0.3, 0.15, 0.05, 0.01)
 # Masks at least this dense are also measured with grouped channels.
 GROUPED_FROM = 0.3
+# Other work on the machine disturbs some of a pass.
+PASSES = 2
 ROUNDS = 5
 ROUNDS_SLOW, SLOW_SECONDS = 3, 0.02
 LEAST_SECONDS = 2e-4
+# Errors up to this (of the logarithm) count fully in the fit.
+DOUBTFUL = 0.3
 # The kernels are taken if they are predicted faster by this factor.
-MARGIN = 1.05
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """A convolution to measure."""
-
-    samples: int
-    c_in: int
-    c_out: int
-    size: tuple[int, int, int]
-    kernel: int = 3
-    stride: int = 1
-    groups: int = 1
-    op: cost.Op = "masked_conv3d"
-    held_out: bool = False
-    weight_alone: bool = False
-    """Also measure the step of a layer whose input needs no gradient."""
-
-    @property
-    def shape(self) -> Shape:
-        """Sizes, padded to keep the map at stride 1."""
-        k, s, p = self.kernel, self.stride, self.kernel // 2
-        return Shape(
-            self.c_in, self.c_out, self.size, (k, k, k), (s, s, s), (p, p, p), (1, 1, 1),
-            self.groups,
-        )  # fmt: skip
-
-
-def _blocks(*rows: tuple[Any, ...]) -> list[Layer]:
-    return [Layer(*row[:4], op="conv_norm_pool_relu", held_out=len(row) > 4) for row in rows]
-
-
-HELD = {"held_out": True}
-LAYERS = [
-    # The default network, at full and at half resolution.
-    Layer(1, 32, 64, (45, 54, 45)),
-    Layer(1, 64, 128, (22, 27, 22)),
-    Layer(1, 128, 256, (11, 13, 11)),
-    Layer(1, 256, 256, (5, 6, 5)),
-    Layer(2, 64, 128, (22, 27, 22), **HELD),
-    Layer(2, 128, 256, (11, 13, 11)),
-    Layer(4, 256, 256, (5, 6, 5)),
-    Layer(1, 32, 64, (23, 27, 23)),
-    Layer(2, 32, 64, (23, 27, 23), **HELD),
-    Layer(1, 64, 128, (11, 13, 11), **HELD),
-    Layer(4, 64, 128, (11, 13, 11)),
-    Layer(1, 128, 256, (5, 6, 5), weight_alone=True),
-    # Narrow ones: the demo's.
-    Layer(4, 1, 8, (46, 55, 46)),
-    Layer(1, 1, 8, (46, 55, 46)),
-    Layer(2, 1, 8, (46, 55, 46), **HELD),
-    Layer(4, 8, 16, (23, 27, 23)),
-    Layer(1, 8, 16, (23, 27, 23), weight_alone=True),
-    Layer(8, 8, 16, (23, 27, 23), **HELD),
-    Layer(4, 16, 32, (11, 13, 11), weight_alone=True),
-    Layer(1, 16, 32, (11, 13, 11)),
-    Layer(2, 16, 32, (11, 13, 11), **HELD),
-    Layer(4, 32, 64, (5, 6, 5)),
-    Layer(1, 32, 64, (5, 6, 5)),
-    Layer(1, 1, 32, (60, 60, 60)),
-    Layer(1, 3, 32, (40, 40, 40), weight_alone=True),
-    Layer(2, 4, 24, (32, 32, 32), weight_alone=True),
-    Layer(1, 8, 8, (48, 48, 48)),
-    Layer(1, 16, 16, (48, 48, 48)),
-    Layer(1, 12, 20, (40, 40, 40), **HELD),
-    Layer(1, 24, 24, (32, 32, 32), weight_alone=True),
-    Layer(1, 48, 48, (32, 32, 32)),
-    Layer(1, 16, 32, (60, 60, 60)),
-    Layer(1, 32, 32, (45, 54, 45), **HELD),
-    Layer(2, 40, 36, (20, 20, 20), **HELD),
-    Layer(2, 20, 40, (24, 24, 24)),
-    Layer(1, 72, 56, (12, 12, 12)),
-    Layer(1, 7, 13, (23, 29, 31), **HELD),
-    Layer(1, 96, 96, (16, 16, 16)),
-    Layer(1, 320, 320, (8, 8, 8), **HELD),
-    # Maps on which the constant part of a call decides.
-    Layer(1, 1, 1, (3, 3, 3)),
-    Layer(1, 4, 8, (4, 4, 4)),
-    Layer(8, 16, 16, (3, 3, 3)),
-    Layer(2, 8, 16, (6, 6, 6), **HELD, weight_alone=True),
-    # 1 x 1 x 1.
-    Layer(1, 256, 64, (2, 3, 2), kernel=1),
-    Layer(4, 64, 16, (2, 3, 2), kernel=1),
-    Layer(1, 64, 1, (1, 1, 1), kernel=1),
-    Layer(4, 16, 1, (1, 1, 1), kernel=1, weight_alone=True),
-    Layer(1, 256, 64, (11, 13, 11), kernel=1, weight_alone=True),
-    Layer(1, 64, 256, (22, 27, 22), kernel=1),
-    Layer(2, 32, 64, (32, 32, 32), kernel=1),
-    Layer(1, 128, 128, (16, 16, 16), kernel=1, **HELD),
-    Layer(8, 16, 8, (2, 3, 2), kernel=1, **HELD),
-    # Strides, larger kernels, groups.
-    Layer(1, 32, 64, (45, 54, 45), stride=2),
-    Layer(1, 64, 128, (22, 27, 22), stride=2),
-    Layer(4, 16, 32, (16, 16, 16), stride=2, weight_alone=True),
-    Layer(2, 32, 32, (24, 24, 24), stride=2, **HELD),
-    Layer(1, 8, 8, (32, 32, 32), kernel=5, weight_alone=True),
-    Layer(1, 16, 32, (20, 20, 20), kernel=5),
-    Layer(1, 24, 16, (24, 24, 24), kernel=5, **HELD),
-    Layer(1, 64, 128, (22, 27, 22), groups=2),
-    Layer(1, 64, 64, (22, 27, 22), groups=8, weight_alone=True),
-    Layer(1, 64, 64, (22, 27, 22), groups=16),
-    Layer(2, 48, 48, (16, 16, 16), groups=4, **HELD),
-    Layer(1, 24, 24, (20, 20, 20), groups=2),
-    Layer(2, 40, 40, (12, 12, 12), groups=8),
-    Layer(1, 64, 64, (22, 27, 22), groups=64),
-    Layer(1, 32, 32, (32, 32, 32), groups=32),
-    Layer(4, 96, 96, (8, 8, 8), groups=96, weight_alone=True),
-    Layer(2, 48, 48, (16, 16, 16), groups=48, **HELD),
-    *_blocks(
-        (1, 32, 64, (45, 54, 45)),
-        (1, 64, 128, (22, 27, 22)),
-        (1, 128, 256, (11, 13, 11)),
-        (1, 256, 256, (5, 6, 5)),
-        (4, 8, 16, (23, 27, 23)),
-        (1, 8, 16, (23, 27, 23)),
-        (4, 16, 32, (11, 13, 11)),
-        (1, 16, 32, (11, 13, 11)),
-        (4, 32, 64, (5, 6, 5)),
-        (2, 4, 8, (4, 4, 4)),
-        (2, 32, 64, (23, 27, 23)),
-        (1, 16, 16, (32, 32, 32), "held out"),
-        (2, 128, 256, (5, 6, 5), "held out"),
-        (2, 8, 16, (23, 27, 23), "held out"),
-        (2, 16, 32, (11, 13, 11), "held out"),
-        (1, 1, 32, (91, 109, 91)),
-        (4, 1, 8, (46, 55, 46)),
-        (1, 1, 8, (46, 55, 46)),
-        (1, 1, 8, (16, 16, 16)),
-        (2, 1, 8, (46, 55, 46), "held out"),
-        (1, 1, 16, (30, 30, 30), "held out"),
-    ),
-]  # fmt: skip
+MARGIN = 1.1
 
 
 def measure(layer: Layer) -> list[dict[str, Any]]:
@@ -344,7 +218,10 @@ def _fit(samples: list[tuple[Work, float, float]]) -> Work:
         found, _ = nnls(counts / largest * weights[:, None], wanted * weights, maxiter=1000)
         # Twice as fast and twice as slow are equally wrong.
         predicted = counts / largest @ found + scale - wanted
-        weights = 1 / np.sqrt(scale * np.maximum(predicted, 0.05 * scale))
+        predicted = np.maximum(predicted, 0.05 * scale)
+        # Far off is a measurement that was disturbed, or an oddity of one size: it counts less.
+        off = np.abs(np.log(predicted / scale)) / DOUBTFUL
+        weights = 1 / np.sqrt(scale * predicted * np.maximum(1.0, off))
     return {
         name: float(f"{value:.6g}")
         for name, value in zip(names, found / largest, strict=True)
@@ -443,10 +320,10 @@ def write(rows: list[dict[str, Any]], machine: dict[str, Any]) -> None:
     shipped["regret"] = {"held_out": summary(held), "fitted": summary(fitted)}
     _ship(shipped)
     worst = sorted(held + fitted, key=lambda case: -case["regret"])[:10]
-    results = shipped | {"worst": worst, "measurements": rows}
+    results = shipped | {"worst": worst}
     text = json.dumps(results | {"measurements": []}, indent=1)
     # One line each.
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    lines = ",\n".join(f"  {json.dumps(group)}" for group in packed(rows))
     RESULTS.write_text(text.replace('"measurements": []', f'"measurements": [\n{lines}\n ]') + "\n")
     shown = {key: results[key] for key in ("errors", "regret", "worst")}
     print(json.dumps(shown, indent=1))
@@ -454,8 +331,7 @@ def write(rows: list[dict[str, Any]], machine: dict[str, Any]) -> None:
 
 def _ship(content: dict[str, Any]) -> None:
     cost.COEFFICIENTS.write_text(json.dumps(content, indent=2) + "\n")
-    for cached in (cost.shipped, cost.grouped_pays, selector.decide):
-        cached.cache_clear()
+    selector.forget()
 
 
 def _machine() -> dict[str, Any]:
@@ -483,13 +359,16 @@ def main() -> None:
     parser.add_argument("--fit-only", action="store_true", help="fit what was measured before")
     if parser.parse_args().fit_only:
         before = json.loads(RESULTS.read_text())
-        write(before["measurements"], before["machine"])
+        write(unpacked(before["measurements"]), before["machine"])
         return
-    rows = []
-    for i, layer in enumerate(LAYERS):
-        print(f"{i + 1} of {len(LAYERS)}: {layer}", file=sys.stderr)
-        rows += measure(layer)
-    write(rows, _machine())
+    passes = []
+    for number in range(1, PASSES + 1):
+        rows = []
+        for i, layer in enumerate(LAYERS):
+            print(f"pass {number}, {i + 1} of {len(LAYERS)}: {layer}", file=sys.stderr)
+            rows += measure(layer)
+        passes.append(rows)
+    write(undisturbed(passes), _machine())
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sparsekit.kernels.masked_conv3d import cost
 from sparsekit.kernels.masked_conv3d.cost import Call, Gradients, Op
+from sparsekit.kernels.masked_conv3d.geometry import Shape
 from sparsekit.kernels.masked_conv3d.plan import PlanCache
-from sparsekit.kernels.masked_conv3d.run import shape_of
 from sparsekit.types import Size3
 
 _PASSES: dict[Gradients, str] = {
@@ -43,7 +43,7 @@ class Decision:
         return self.dense or self.grouped
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def decide(call: Call, density: float) -> Decision:
     """Choose between the kernels and torch's dense convolution.
 
@@ -73,10 +73,30 @@ def decide_for(
     groups: int,
 ) -> Decision:
     """Choose for tensors with torch's present settings; arguments as `sparsekit.ops` checked."""
-    shape = shape_of(x, weight, stride, padding, dilation, groups)
     onednn = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
-    threads = torch.get_num_threads()
-    return decide(Call(op, shape, x.shape[0], gradients, threads, onednn), density)
+    return _decide_sizes(
+        op, x.shape, weight.shape, stride, padding, dilation, groups, gradients,
+        torch.get_num_threads(), onednn, density,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def _decide_sizes(
+    op: Op, x: torch.Size, weight: torch.Size, stride: Size3, padding: Size3, dilation: Size3,
+    groups: int, gradients: Gradients, threads: int, onednn: bool, density: float,
+) -> Decision:  # fmt: skip
+    size, kernel = (x[2], x[3], x[4]), (weight[2], weight[3], weight[4])
+    shape = Shape(x[1], weight[0], size, kernel, stride, padding, dilation, groups)
+    return decide(Call(op, shape, x[0], gradients, threads, onednn), density)
+
+
+_CACHED = decide, _decide_sizes, cost.grouped_pays, cost.shipped
+
+
+def forget() -> None:
+    """Decide anew, after the coefficients have changed."""
+    for cached in _CACHED:
+        cached.cache_clear()
 
 
 def density_of(mask: Tensor) -> float:

@@ -39,6 +39,7 @@ def some_mask(*shape: int, seed: int = 3) -> Tensor:
 
 def layer(c_in: int = 6, c_out: int = 8) -> MaskedConv3d:
     made = MaskedConv3d(c_in, c_out, 3, padding=1)
+    made.backend = "cpu"
     made.set_mask(some_mask(*made.weight.shape))
     return made
 
@@ -164,7 +165,7 @@ def test_plans_go_with_their_mask() -> None:
     mask, weight = some_mask(4, 2, 3, 3, 3), make(4, 2, 3, 3, 3)
     gc.collect()
     before = len(plans._caches)
-    masked_conv3d(make(1, 2, 5, 5, 5), weight, mask)
+    masked_conv3d(make(1, 2, 5, 5, 5), weight, mask, backend="cpu")
     assert len(plans._caches) == before + 1
     del mask
     gc.collect()
@@ -176,7 +177,7 @@ def test_two_masks_at_one_address_are_two() -> None:
     x, weight = make(1, 2, 5, 5, 5), make(4, 2, 3, 3, 3)
     for seed in range(20):
         mask = some_mask(4, 2, 3, 3, 3, seed=seed)
-        y = masked_conv3d(x, weight, mask)
+        y = masked_conv3d(x, weight, mask, backend="cpu")
         torch.testing.assert_close(y, masked_conv3d(x, weight, mask, backend="reference"))
         del mask
 
@@ -295,10 +296,13 @@ def test_threads_that_push_out_one_anothers_plans() -> None:
 def test_threads_with_other_grids_on_one_single_channel_mask() -> None:
     mask, weight = some_mask(4, 1, 3, 3, 3), make(4, 1, 3, 3, 3)
     inputs = [make(1, 1, 4, 5, 20 * i + 6, seed=i) for i in range(4)]
-    expected = [conv_norm_pool_relu(x, weight, mask, padding=1) for x in inputs]
+    expected = [conv_norm_pool_relu(x, weight, mask, padding=1, backend="cpu") for x in inputs]
 
     def work(i: int) -> bool:
-        calls = (conv_norm_pool_relu(inputs[i], weight, mask, padding=1) for _ in range(200))
+        calls = (
+            conv_norm_pool_relu(inputs[i], weight, mask, padding=1, backend="cpu")
+            for _ in range(200)
+        )
         return all(torch.equal(y, expected[i]) for y in calls)
 
     assert at_once(work) == [True] * 4

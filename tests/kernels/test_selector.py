@@ -31,7 +31,6 @@ SHAPES = {
     "grouped": Shape(16, 32, (20, 21, 22), (3, 3, 3), (1, 1, 1), (1, 1, 1), (1, 1, 1), 4),
     "depthwise": Shape(32, 32, (20, 21, 22), (3, 3, 3), (1, 1, 1), (1, 1, 1), (1, 1, 1), 32),
 }
-CACHED = (cost.grouped_pays, selector.decide)
 EVERY_GRADIENTS: tuple[Gradients, ...] = ("none", "weight", "input", "both")
 
 
@@ -39,12 +38,7 @@ EVERY_GRADIENTS: tuple[Gradients, ...] = ("none", "weight", "input", "both")
 def forget() -> Iterator[None]:
     """Decisions under other coefficients must not stay."""
     yield
-    _clear()
-
-
-def _clear() -> None:
-    for cached in CACHED:
-        cached.cache_clear()
+    selector.forget()
 
 
 def _favour(monkeypatch: pytest.MonkeyPatch, side: str) -> None:
@@ -57,7 +51,7 @@ def _favour(monkeypatch: pytest.MonkeyPatch, side: str) -> None:
         for model, work in cost.coefficients().items()
     }  # fmt: skip
     monkeypatch.setattr(cost, "coefficients", lambda: scaled)
-    _clear()
+    selector.forget()
 
 
 def _calls() -> Iterator[Call]:
@@ -201,7 +195,8 @@ def test_named_kernels_always_run(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_changed_mask_is_decided_anew() -> None:
     layer = MaskedConv3d(16, 32, 3, padding=1)
     x = torch.randn(1, 16, 24, 24, 24)
-    shape = Shape(16, 32, (24,) * 3, (3,) * 3, (1,) * 3, (1,) * 3, (1,) * 3, 1)
+    ones = (1, 1, 1)
+    shape = Shape(16, 32, (24, 24, 24), (3, 3, 3), ones, ones, ones, 1)
     call = Call("masked_conv3d", shape, 1, "weight", torch.get_num_threads())
     for density in (1.0, 0.02):
         mask = torch.rand(layer.weight.shape) < density
@@ -235,14 +230,14 @@ def test_compiled_code_chooses_when_it_runs(
     x, weight, mask, bias = _layer()
     voxels = torch.ones(9, 8, 7, dtype=torch.bool)
     voxels[:4] = not with_voxels
-    decide = selector.decide
+    decide = selector.decide_for
 
-    def noted(call: Call, density: float) -> selector.Decision:
-        decision = decide(call, density)
-        ran.append(("dense" if decision.dense else "kernels", call.gradients))
+    def noted(*arguments: Any, **settings: Any) -> selector.Decision:
+        decision = decide(*arguments, **settings)
+        ran.append(("dense" if decision.dense else "kernels", arguments[4]))
         return decision
 
-    monkeypatch.setattr(selector, "decide", noted)
+    monkeypatch.setattr(selector, "decide_for", noted)
 
     def step(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
         return masked_conv3d(
