@@ -214,7 +214,7 @@ def _dense_backward(
         [0, 0, 0], groups, [need_x, True, True],
     )  # fmt: skip
     dx = dx.contiguous() if need_x else x.new_empty(0)
-    return dx, torch.where(mask, dw, 0.0), db
+    return dx, torch.where(mask, dw, 0.0).contiguous(), db
 
 
 @masked_conv3d_backward_op.register_fake

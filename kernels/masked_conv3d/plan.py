@@ -126,7 +126,7 @@ def build(mask: Tensor, geometry: Geometry, forward_block: int, backward_block: 
         A scan is too large for the offsets of the lists.
     """
     shape = geometry.shape
-    if max(geometry.source.sample, geometry.gradient.sample) > np.iinfo(np.int32).max:
+    if not geometry.fits_offsets:
         raise BackendError(
             f"x: {shape.c_in} channels of a {shape.size} grid (or {shape.c_out} of the output's) "
             "are too large for the CPU kernels; use backend='reference'"
