@@ -50,7 +50,7 @@ def decide(call: Call, density: float) -> Decision:
     The kernels have to be predicted faster by the model's own margin of error. What is chosen for
     a density is chosen for every lower one if it is the kernels.
     """
-    kernels, dense = cost.kernel_seconds(call, density), cost.dense_seconds(call)
+    kernels, dense = cost.kernel_seconds(call, density), cost.dense_seconds(call, density)
     takes_dense = kernels * cost.margin() > dense
     grouped = not call.single_channel and cost.grouped_pays(call.shape, density)
     reason = (
