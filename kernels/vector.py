@@ -52,7 +52,6 @@ __all__ = [
     "any_bits_outside",
     "biased",
     "copy_first",
-    "copy_vector",
     "filled",
     "leave_tile",
     "load_tile",
@@ -317,18 +316,6 @@ def stream_vector(typing_context: Any, target: Any, source: Any) -> Any:
         store = builder.store(load(builder, args[1]), pointer(builder, args[0]))
         store.align = VECTOR_BYTES
         store.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), generate
-
-
-@intrinsic
-def copy_vector(typing_context: Any, target: Any, source: Any) -> Any:
-    """Copy one vector of float32 numbers."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        del signature
-        builder.store(load(builder, args[1]), pointer(builder, args[0])).align = 4
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsekit.ops import masked_conv3d
+
 Array = npt.NDArray[np.float64]
 Compare = Callable[[str, str, Tensor, Array], None]
 
@@ -119,3 +121,24 @@ def naive(
     y += bias[:, None, None, None]
     inner = tuple(slice(p, p + n) for p, n in zip(case.padding, case.grid, strict=True))
     return y, dx[(slice(None), slice(None), *inner)], dw, g.sum(axis=(0, 2, 3, 4))
+
+
+def operands(case: Case, density: str) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Leaves x, weight and bias, the mask, and a gradient of the output; float32."""
+    x, weight, bias = make_inputs(case, torch.float32)
+    mask = make_mask(tuple(weight.shape), density)
+    grad = torch.randn(
+        case.batch, case.c_out, *case.out, generator=torch.Generator().manual_seed(11)
+    )
+    return [x, weight, bias], mask, grad
+
+
+def run_op(
+    leaves: list[Tensor], mask: Tensor, grad: Tensor, case: Case, backend: str = "cpu", **more: Any
+) -> list[Tensor]:
+    """Output, and the gradients of all leaves."""
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    y = masked_conv3d(
+        leaves[0], leaves[1], mask, leaves[2], backend=backend, **case.options, **more
+    )
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
