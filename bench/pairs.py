@@ -54,7 +54,7 @@ class Turns:
         self.samples: dict[str, list[float | None]] = {name: [] for name in case.sides}
         self._round = 0
         for name, call in case.sides.items():
-            for _ in range(1 if name in case.every else warmup):
+            for _ in range(1 if name in case.every or is_quick() else warmup):
                 call()
             start = time.perf_counter()
             call()

@@ -52,7 +52,7 @@ def decide(call: Call, density: float) -> Decision:
     The kernels have to be predicted faster by the model's own margin of error. What is chosen for
     a density is chosen for every lower one if it is the kernels.
     """
-    dense = cost.dense_seconds(call)
+    dense = cost.dense_seconds(call, density)
     at_once = BLOCK_GRADIENT_BYTES if call.op == "conv_norm_pool_relu" else None
     layout = geometry(call.shape, LANES, REGISTERS, at_once)
     if not (call.single_channel or layout.fits_offsets):
