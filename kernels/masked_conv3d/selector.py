@@ -108,8 +108,16 @@ def forget() -> None:
 
 
 def density_of(mask: Tensor) -> float:
-    """Share of kept weights; counted again only when the mask has changed."""
-    return PlanCache.of(mask).density
+    """Share of kept weights; counted again only when the mask has changed.
+
+    The plan that the same call asks for next is not compared with the mask again.
+    """
+    return PlanCache.compare(mask).density
+
+
+def take_no_plan() -> None:
+    """Say that no plan will be asked for after `density_of`."""
+    PlanCache.forget()
 
 
 def gradients_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> Gradients:
