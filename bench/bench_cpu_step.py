@@ -18,9 +18,10 @@ from sparsekit.bench.trained import closest_round, read_run
 TRAINED = os.environ.get("BENCH_TRAINED", "")
 
 
+@pytest.mark.parametrize("first_dense", [False, True])
 @pytest.mark.parametrize("sparsity", SPARSITIES)
-def test_step(compare: Compare, sparsity: float) -> None:
-    compare(step_case(sparsity), 13)
+def test_step(compare: Compare, sparsity: float, first_dense: bool) -> None:
+    compare(step_case(sparsity, first_dense=first_dense), 13)
 
 
 @pytest.mark.skipif(not TRAINED, reason="BENCH_TRAINED names no run; make bench-cpu makes one")

@@ -10,20 +10,20 @@ from sparsekit.bench.network import LAYERS, MEAN_LAYERS, SPARSITIES
 from sparsekit.bench.pairs import OURS, STOCK, quartiles, ratio
 from sparsekit.bench.selection import PARTITION, PRUNE, READ, SIZES, TOPK
 from sparsekit.bench.selection import SPARSITIES as TOPK_SPARSITIES
+from sparsekit.bench.steps import LEFT_DENSE, STEP
 
 Row = Mapping[str, Any]
 Quartiles = tuple[float, float, float]
 
 FORWARD = "masked_conv3d forward"
 GRADIENTS = "masked_conv3d forward + gradients"
-STEP = "training step"
 NEVER_SLOWER = 0.95
 _ALL = SPARSITIES
 _BARS: dict[str, Sequence[float]] = {
     FORWARD: (1.2, 1.4, 3.5, 6, 11, 35),
     GRADIENTS: (1, 1.2, 3, 5, 8.5, 20),
     STEP: (2.2, 3, 6.5, 10, 15, 26),
-    "training step, conv1 left dense": (2.2, 2.8, 5.5, 8, 11, 16),
+    LEFT_DENSE: (2.2, 2.8, 5.5, 8, 11, 16),
 }
 _TOPK_BARS = {PARTITION: 4.0, TOPK: 50.0, PRUNE: 400.0}
 _MOST_READS = 4.0
@@ -123,12 +123,10 @@ def _convolutions(rows: Sequence[Row]) -> Iterator[Figure]:
 
 
 def _steps(rows: Sequence[Row]) -> Iterator[Figure]:
-    for what, side in (
-        (STEP, OURS), ("training step, conv1 left dense", "ours, conv1 left dense")
-    ):  # fmt: skip
+    for what in (STEP, LEFT_DENSE):
         for sparsity, bar in zip(_ALL, _BARS[what], strict=True):
-            row = one(rows, what=STEP, sparsity=sparsity, masks="uniform random")
-            yield Figure(what, percent(sparsity), _maybe(row, STOCK, side), "x", bar)
+            row = one(rows, what=what, sparsity=sparsity, masks="uniform random")
+            yield Figure(what, percent(sparsity), _maybe(row, STOCK), "x", bar)
     for row in trained_rows(rows):
         case = percent(row["sparsity"])
         yield Figure("training step, masks of a trained network", case, ratio(row, STOCK), "x")

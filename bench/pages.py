@@ -8,7 +8,6 @@ from sparsekit.bench.figures import (
     FORWARD,
     GRADIENTS,
     NEVER_SLOWER,
-    STEP,
     Figure,
     Row,
     best_dense,
@@ -21,6 +20,7 @@ from sparsekit.bench.figures import (
 from sparsekit.bench.network import LAYERS, SPARSITIES
 from sparsekit.bench.pairs import OURS, STOCK, quartiles, ratio
 from sparsekit.bench.roofline import ceilings, points
+from sparsekit.bench.steps import LEFT_DENSE, STEP
 
 BEGIN, END = "<!-- cpu table: begin -->", "<!-- cpu table: end -->"
 _ALTERNATIVES = (steps.CHANNELS_LAST, steps.BFLOAT16, steps.COMPILED)
@@ -74,17 +74,15 @@ def step_table(rows: Sequence[Row]) -> str:
     others = {name: _alternative(dense, name) for name in _ALTERNATIVES}
     lines = []
     for sparsity in SPARSITIES:
-        row = one(rows, what=STEP, sparsity=sparsity, masks="uniform random")
-        if row is None:
-            lines.append([percent(sparsity), *[_MISSING] * 4, *others.values()])
-            continue
+        labels = {"sparsity": sparsity, "masks": "uniform random"}
+        row, left = (one(rows, what=what, **labels) for what in (STEP, LEFT_DENSE))
         lines.append(
             [
                 percent(sparsity),
-                milliseconds(row, STOCK),
-                milliseconds(row, OURS),
-                f"**{number(ratio(row, STOCK)[1])}x**",
-                f"{number(ratio(row, STOCK, steps.LEFT_DENSE)[1])}x",
+                _MISSING if row is None else milliseconds(row, STOCK),
+                _MISSING if row is None else milliseconds(row, OURS),
+                _MISSING if row is None else f"**{number(ratio(row, STOCK)[1])}x**",
+                _MISSING if left is None else f"{number(ratio(left, STOCK)[1])}x",
                 *others.values(),
             ]
         )

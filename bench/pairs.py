@@ -53,6 +53,7 @@ class Turns:
         self.calls: dict[str, int] = {}
         self.samples: dict[str, list[float | None]] = {name: [] for name in case.sides}
         self._round = 0
+        gc.collect()
         for name, call in case.sides.items():
             for _ in range(1 if name in case.every or is_quick() else warmup):
                 call()
@@ -78,7 +79,6 @@ class Turns:
 
     def others(self) -> None:
         """Sample every side but the last: the first part of a round."""
-        gc.collect()
         for name in list(self.case.sides)[:-1]:
             self._sample(name)
 

@@ -20,7 +20,8 @@ from sparsekit.bench.network import (
 from sparsekit.bench.pairs import OURS, STOCK, Case
 from sparsekit.nn import MaskedConv3d
 
-LEFT_DENSE = "ours, conv1 left dense"
+STEP = "training step"
+LEFT_DENSE = "training step, conv1 left dense"
 CHANNELS_LAST = "channels_last_3d"
 BFLOAT16 = "bf16 autocast"
 COMPILED = "torch.compile"
@@ -58,22 +59,17 @@ def training_step(
     return step
 
 
-def step_case(sparsity: float) -> Case:
-    """Uniform random masks: all convolutions masked, and all but the first."""
+def step_case(sparsity: float, *, first_dense: bool = False) -> Case:
+    """Uniform random masks of all convolutions, or of all but the first.
+
+    One network of ours at a time: two in turns would take each other's buffers away.
+    """
     x = scan()
-    ours = masked_network(random_masks(sparsity))
-    left_dense = masked_network(random_masks(sparsity, dense=("conv1",)))
-    stock = stock_network(ours)
-    notes = {
-        "agreement": check_step(ours, x),
-        "agreement, conv1 left dense": check_step(left_dense, x),
-    }
-    sides = {
-        STOCK: training_step(stock, x),
-        LEFT_DENSE: training_step(left_dense, x),
-        OURS: training_step(ours, x),
-    }
-    labels = {"what": "training step", "sparsity": sparsity, "masks": "uniform random"}
+    ours = masked_network(random_masks(sparsity, dense=("conv1",) if first_dense else ()))
+    notes = {"agreement": check_step(ours, x)}
+    sides = {STOCK: training_step(stock_network(ours), x), OURS: training_step(ours, x)}
+    what = LEFT_DENSE if first_dense else STEP
+    labels = {"what": what, "sparsity": sparsity, "masks": "uniform random"}
     return Case(labels, sides, notes)
 
 
@@ -85,7 +81,7 @@ def trained_case(masks: Mapping[str, Tensor], notes: Mapping[str, Any]) -> Case:
     total = sum(mask.numel() for mask in masks.values())
     sparsity = 1 - sum(int(mask.sum()) for mask in masks.values()) / total
     sides = {STOCK: training_step(stock_network(ours), x), OURS: training_step(ours, x)}
-    labels = {"what": "training step", "sparsity": sparsity, "masks": "trained, global threshold"}
+    labels = {"what": STEP, "sparsity": sparsity, "masks": "trained, global threshold"}
     every = {**notes, "density_by_layer": kept, "agreement": check_step(ours, x)}
     return Case(labels, sides, every)
 

@@ -65,7 +65,13 @@ def _take(count: int) -> Block:
         _peak_lent_bytes = max(_peak_lent_bytes, _lent_bytes)
     if found is not None:
         return found
-    raw = np.empty(count + _ALIGNMENT // 4, np.float32)
+    try:
+        raw = np.empty(count + _ALIGNMENT // 4, np.float32)
+    except MemoryError:
+        with _lock:
+            _lent_bytes -= 4 * count
+        release()
+        raise
     start = -raw.ctypes.data % _ALIGNMENT // 4
     return raw[start : start + count]
 

@@ -41,6 +41,19 @@ Job = np.ndarray[Any, np.dtype[np.void]]
 _PLAIN = (bool, int, float, str, bytes, type(None), np.dtype, np.generic)
 
 
+# One for all kernels: Numba compiles one at a time anyway.
+_lock = threading.RLock()
+
+
+def _after_fork() -> None:
+    # Another thread of the parent may have held it.
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 class Kernel:
     """A function of one job record, compiled or loaded from the disk at its first use."""
 
@@ -60,7 +73,6 @@ class Kernel:
         self.__name__ = function.__name__
         self._function = function
         self._fastmath = tuple(sorted(fastmath))
-        self._lock = threading.Lock()
         # Read while this process imports its code, so that an edit after that is another stamp.
         self._sources = _sources(function.__code__.co_filename)
         self._compiled: Any = None
@@ -69,7 +81,7 @@ class Kernel:
     def address(self) -> int:
         """Address of the C function ``void kernel(void *job)``."""
         if self._compiled is None:
-            with self._lock:
+            with _lock:
                 if self._compiled is None:
                     self._compiled = self._compile()
         address: int = self._compiled.address
@@ -185,7 +197,11 @@ class _DiskCache:
         import llvmlite
         import numba
 
+        from sparsekit.kernels.vector_ir import LANES, REGISTERS
+
         key = (
+            # Of the processor itself, whatever Numba is told about it.
+            (LANES, REGISTERS),
             self._constants,
             target.codegen().magic_tuple(),
             (platform.python_implementation(), platform.python_version_tuple()[:2]),

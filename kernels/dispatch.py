@@ -5,6 +5,7 @@ row of the table, or torch's dense convolution where the cost model of
 `sparsekit.kernels.masked_conv3d.selector` says so; a backend that was named runs or raises.
 """
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -285,6 +286,15 @@ def holds_values(x: Tensor) -> bool:
 
 
 _lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    # Another thread of the parent may have held it.
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 _records: OrderedDict[tuple[str, str, str, str, str], int] = OrderedDict()
 
 

@@ -133,14 +133,3 @@ def octets(typing_context: Any, address: Any) -> Any:
         return _pointer(builder, args[0], _I8)
 
     return types.CPointer(types.uint8)(types.int64), generate
-
-
-@intrinsic
-def ints(typing_context: Any, address: Any) -> Any:
-    """Return ``address`` as a pointer to int32, for `numba.carray`."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        del context, signature
-        return _pointer(builder, args[0], _I32)
-
-    return types.CPointer(types.int32)(types.int64), generate

@@ -8,8 +8,9 @@ calls it once, and it takes numbered parts from the record's counter until none 
         ...
         part = take(job)
 
-Parts write to disjoint memory and do not look at who computes them, so results do not depend on the
-number of threads.
+Parts write to disjoint memory and do not look at who computes them, so results do not depend on who
+does. They do not depend on the number of threads either, unless a job has parts by that number, as
+that of masked_conv3d's weight gradient.
 
 The threads are those of the OpenMP runtime that torch has loaded: a kernel between two torch ops
 finds them awake, and no second pool competes for the cores. A call costs a few microseconds, less
@@ -23,7 +24,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +101,27 @@ def _run_on_pool(call: Callable[[int], None], pointer: int, threads: int) -> Non
     except RuntimeError:
         # No new threads, as at the end of the interpreter: those that there are take all parts.
         pass
-    call(pointer)
-    for helper in helpers:
+    finally:
+        # Whatever happens here, the job's memory must outlive those that work on it.
+        _finish(helpers, lambda: call(pointer))
+
+
+def _finish(helpers: list[Future[None]], own: Callable[[], None]) -> None:
+    """Do one's own share and wait for the others, also if that is interrupted."""
+    try:
+        own()
+    finally:
         # One that has not begun would find nothing left to do.
-        if not helper.cancel():
-            helper.result()
+        running = [helper for helper in helpers if not helper.cancel()]
+        interrupt: BaseException | None = None
+        while running:
+            try:
+                wait(running)
+                running = []
+            except BaseException as error:
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
 
 
 @functools.cache

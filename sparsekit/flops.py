@@ -110,7 +110,10 @@ class FlopReport:
 
     @property
     def executed_train_step(self) -> int:
-        """Operations that a training step really does."""
+        """Operations that a training step really does, of those that it needs.
+
+        The general CPU kernels find both gradients in one pass, also where one is not needed.
+        """
         return sum(layer.executed_train_step for layer in self.by_layer.values())
 
 

@@ -5,6 +5,7 @@ copied, pickled and saved with the module. The parameter carries a reference to 
 on all torch optimizers sets masked entries to 0 after each step.
 """
 
+import os
 import threading
 import weakref
 from collections.abc import Mapping
@@ -34,6 +35,15 @@ _ATTRIBUTE = "_sparsekit_mask"
 _LEAST_ENTRIES = 1 << 14
 
 _lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    # Another thread of the parent may have held it.
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 _hook_installed = False
 _holds: "weakref.WeakSet[MaskHold]" = weakref.WeakSet()
 

@@ -147,10 +147,13 @@ def _decide(
     # The cost model knows the kernels, and those load Numba.
     from sparsekit.kernels.masked_conv3d import selector
 
-    return selector.decide_for(
+    decision = selector.decide_for(
         op, call.x, weight, selector.density_of(mask), selector.gradients_of(call.x, weight, bias),
         stride=call.stride, padding=call.padding, dilation=call.dilation, groups=groups,
     )  # fmt: skip
+    if decision.dense:
+        selector.take_no_plan()
+    return decision
 
 
 def conv_norm_pool_relu(

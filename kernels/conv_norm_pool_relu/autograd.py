@@ -45,13 +45,19 @@ class _ConvNormPoolReLU(torch.autograd.Function):
 class _SingleChannel(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, eps: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        mask: Tensor,
+        eps: float,
+        keep: bool,
     ) -> Tensor:
         cache = PlanCache.of(mask)
         plan = cache.get(_SingleChannel, lambda: single_channel.Plan(cache.mask))
         y, saved = single_channel.forward(
             x.contiguous(), weight.contiguous(), plan, _contiguous(bias), eps=eps,
-            threads=torch.get_num_threads(), save=any(ctx.needs_input_grad),
+            threads=torch.get_num_threads(), save=keep and any(ctx.needs_input_grad),
         )  # fmt: skip
         if saved is not None:
             # Those of a plan that was made in inference mode cannot be saved so, and need not.
@@ -74,7 +80,7 @@ class _SingleChannel(torch.autograd.Function):
         _, need_weight, need_bias = ctx.needs_input_grad[:3]
         saved = replace(ctx.rest, **dict(zip(ctx.names, ctx.saved_tensors, strict=True)))
         dw, db = single_channel.backward(saved, grad.contiguous(), threads=torch.get_num_threads())
-        return None, dw if need_weight else None, db if need_bias else None, None, None
+        return None, dw if need_weight else None, db if need_bias else None, None, None, None
 
 
 def _contiguous(bias: Tensor | None) -> Tensor | None:
@@ -98,7 +104,9 @@ def conv_norm_pool_relu(
     needs_no_grad = not (x.requires_grad and torch.is_grad_enabled())
     y: Tensor
     if needs_no_grad and is_single_channel(shape):
-        y = _SingleChannel.apply(x, weight, bias, mask, float(eps))  # type: ignore[no-untyped-call]
+        # Inside the function torch says that gradients are off.
+        keep = torch.is_grad_enabled()
+        y = _SingleChannel.apply(x, weight, bias, mask, float(eps), keep)  # type: ignore[no-untyped-call]
     else:
         y = _ConvNormPoolReLU.apply(x, weight, bias, mask, shape, float(eps))  # type: ignore[no-untyped-call]
     return y

@@ -37,7 +37,9 @@ class Plan:
     """
 
     def __init__(self, mask: Tensor) -> None:
-        self.mask = mask.detach().clone()
+        # A normal tensor also if it is made in inference mode: a later backward pass may need it.
+        with torch.inference_mode(False):
+            self.mask = mask.detach().clone()
         self.channels = mask.shape[0]
         flat = self.mask.reshape(self.channels, 27)
         channel, self.taps = (part.contiguous() for part in flat.nonzero(as_tuple=True))

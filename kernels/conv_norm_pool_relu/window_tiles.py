@@ -21,12 +21,11 @@ DOUBLE_LANES = LANES // 2
 """Float64 numbers in a vector."""
 
 _F32, _F64 = ir.FloatType(), ir.DoubleType()
-_I1, _I8, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 32, 64))
+_I8, _I32, _I64 = (ir.IntType(bits) for bits in (8, 32, 64))
 _VECTOR = ir.VectorType(_F32, LANES)
 _INDICES = ir.VectorType(_I32, LANES)
 _BYTES = ir.VectorType(_I8, LANES)
 _DOUBLES = ir.VectorType(_F64, DOUBLE_LANES)
-_UNDEFINED = ir.Constant(_VECTOR, ir.Undefined)
 
 # Written beside the winner's number where the ReLU lets no gradient through.
 DEAD = 8

@@ -163,10 +163,13 @@ def masked_conv3d_op(
 def _takes_dense(choose_for: str, shape: Shape, x: Tensor, weight: Tensor, mask: Tensor) -> bool:
     if not choose_for:
         return False
-    return selector.decide_for(
+    dense = selector.decide_for(
         "masked_conv3d", x, weight, selector.density_of(mask), cast(Gradients, choose_for),
         stride=shape.stride, padding=shape.padding, dilation=shape.dilation, groups=shape.groups,
     ).dense  # fmt: skip
+    if dense:
+        selector.take_no_plan()
+    return dense
 
 
 @masked_conv3d_op.register_fake
@@ -214,7 +217,7 @@ def _dense_backward(
         [0, 0, 0], groups, [need_x, True, True],
     )  # fmt: skip
     dx = dx.contiguous() if need_x else x.new_empty(0)
-    return dx, torch.where(mask, dw, 0.0), db
+    return dx, torch.where(mask, dw, 0.0).contiguous(), db
 
 
 @masked_conv3d_backward_op.register_fake

@@ -115,16 +115,20 @@ def grouped_pays(shape: Shape, density: float) -> bool:
     return group < lists
 
 
-def dense_seconds(call: Call) -> float:
-    """Predict the time of torch's dense convolution, with norm and pooling if the op has them."""
+def dense_seconds(call: Call, density: float) -> float:
+    """Predict the time of torch's dense convolution, with norm and pooling if the op has them.
+
+    A density of 1 saves the selection of the weights.
+    """
+    masked = density < 1.0
     if call.gradients == "input":
         # What both gradients cost, less the weight's.
         total = 0.0
         parts: tuple[tuple[Gradients, int], ...] = (("both", 1), ("weight", -1), ("none", 1))
         for gradients, sign in parts:
-            total += sign * predict(*dense_work(replace(call, gradients=gradients)))
+            total += sign * predict(*dense_work(replace(call, gradients=gradients), masked=masked))
     else:
-        total = predict(*dense_work(call))
+        total = predict(*dense_work(call, masked=masked))
     if call.op == "conv_norm_pool_relu":
         total += predict(*norm_pool_work(call))
     return total
@@ -245,8 +249,17 @@ def torch_path(shape: Shape, samples: int, threads: int, onednn: bool) -> Litera
     return "onednn" if onednn and large and suits else "own"
 
 
-def dense_work(call: Call) -> tuple[str, Work]:
-    """Name of the model and counts of what torch's dense convolution does."""
+def dense_work(call: Call, *, masked: bool = True, checked: bool = True) -> tuple[str, Work]:
+    """Name of the model and counts of what torch's dense convolution does.
+
+    Parameters
+    ----------
+    call : Call
+    masked : bool
+        Whether weights are selected by a mask first.
+    checked : bool
+        Whether the convolution is called through `sparsekit.ops`, which checks its arguments.
+    """
     shape, samples, threads, gradients = call.shape, call.samples, call.threads, call.gradients
     path = torch_path(shape, samples, threads, call.onednn)
     group_in, group_out = shape.c_in // shape.groups, shape.c_out // shape.groups
@@ -259,7 +272,9 @@ def dense_work(call: Call) -> tuple[str, Work]:
     moved = 4.0 * (1 + directions) * (inputs + out)
     work = {
         "weights": float(weights),
+        "masked_weights": float(masked * weights),
         "call": 1.0,
+        "checked_call": float(checked),
         "call_threads": float(threads > 1),
     }
     products = shape.groups * per_vector

@@ -127,6 +127,11 @@ class Geometry:
     resident: int
     """Planes of `gradient` that are in memory at a time; 0 if all of them are."""
 
+    @property
+    def fits_offsets(self) -> bool:
+        """Whether a scan's padded planes can be reached with the 32-bit offsets of the lists."""
+        return max(self.source.sample, self.gradient.sample) < 1 << 31
+
 
 def _choose_tiling(planes: int, span: int, lanes: int, most: int) -> Tiling:
     """Find the tile that covers `planes` times `span` numbers with the fewest vector steps."""
@@ -209,8 +214,10 @@ def geometry(
     in_order = not strided and backward.rows == 1 and lead[0] == reach[0] - before[0]
     if gradient_bytes is not None and in_order:
         wanted = gradient_bytes // (4 * shape.c_out * gradient_plane) - reach[0]
-        # An even number of new planes at a time, so that no pooling window is torn.
-        wanted = max(_FEWEST_PLANES, wanted - wanted % 2) + reach[0]
+        # An even number of new planes at a time, so that no pooling window is torn, and more than
+        # are kept from one time to the next, so that those can be copied to the front.
+        fewest = max(_FEWEST_PLANES, reach[0] + 1 + (reach[0] + 1) % 2)
+        wanted = max(fewest, wanted - wanted % 2) + reach[0]
         if wanted < gradient_planes:
             gradient_planes = resident = wanted
     gradient_interior = lead[0] * gradient_plane + lead[1] * pitch + lead[2]

@@ -144,9 +144,9 @@ def scatter(job: Any) -> None:  # pragma: no cover - compiled
             begin = load_int(job.starts + 4 * row)
             for k in range(begin, load_int(job.starts + 4 * (row + 1))):
                 place = job.sums + 4 * (k + job.spread * row)
-                total = np.float32(0.0)
+                total = 0.0
                 for _ in range(job.tile_parts):
-                    total += load_float(place)
+                    total += np.float64(load_float(place))
                     place += job.sums_part
-                store_float(job.grad + 4 * load_int(job.index + 4 * k), total)
+                store_float(job.grad + 4 * load_int(job.index + 4 * k), np.float32(total))
         part = take(job)

@@ -1,6 +1,7 @@
 """Lists of unpruned weights in the orders in which the CPU kernels walk them."""
 
 import ctypes
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,7 +127,7 @@ def build(mask: Tensor, geometry: Geometry, forward_block: int, backward_block: 
         A scan is too large for the offsets of the lists.
     """
     shape = geometry.shape
-    if max(geometry.source.sample, geometry.gradient.sample) > np.iinfo(np.int32).max:
+    if not geometry.fits_offsets:
         raise BackendError(
             f"x: {shape.c_in} channels of a {shape.size} grid (or {shape.c_out} of the output's) "
             "are too large for the CPU kernels; use backend='reference'"
@@ -200,10 +201,31 @@ class PlanCache:
     @classmethod
     def of(cls, mask: Tensor) -> "PlanCache":
         """Return the cache of a mask, a new one if the mask has changed."""
+        compared = _thread.__dict__.pop("compared", None)
+        if compared is not None and compared[0] is mask:
+            last: PlanCache = compared[1]
+            return last
         found: PlanCache | None = _caches.get(mask)
         if found is None or not found.is_of(mask):
             _caches[mask] = found = cls(mask)
         return found
+
+    @classmethod
+    def compare(cls, mask: Tensor) -> "PlanCache":
+        """Do as `of`, and spare this thread's next `of` for the same mask the comparison.
+
+        For the first of two looks within one call, between which nothing else can run. Whoever
+        takes no second look calls `forget`.
+        """
+        cls.forget()
+        found = cls.of(mask)
+        _thread.compared = mask, found
+        return found
+
+    @staticmethod
+    def forget() -> None:
+        """Let the next `of` compare again."""
+        _thread.__dict__.pop("compared", None)
 
     def get(self, key: Any, make: Any) -> Any:
         """Return the plan with this key, made if there is none; the oldest makes room."""
@@ -220,6 +242,8 @@ class PlanCache:
 _memcmp = ctypes.CDLL(None).memcmp
 _memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 _memcmp.restype = ctypes.c_int
+
+_thread = threading.local()
 
 # Beside the tensors, not on them: what stands on a tensor goes into its pickle.
 _caches: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

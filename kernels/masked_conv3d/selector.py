@@ -5,6 +5,7 @@ the number of threads, through coefficients that are part of the package: nothin
 program runs, so that a run and its repetition take the same paths.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from sparsekit.kernels.masked_conv3d import cost
 from sparsekit.kernels.masked_conv3d.cost import Call, Gradients, Op
-from sparsekit.kernels.masked_conv3d.geometry import Shape
+from sparsekit.kernels.masked_conv3d.geometry import BLOCK_GRADIENT_BYTES, Shape, geometry
 from sparsekit.kernels.masked_conv3d.plan import PlanCache
+from sparsekit.kernels.vector import LANES, REGISTERS
 from sparsekit.types import Size3
 
 _PASSES: dict[Gradients, str] = {
@@ -50,7 +52,13 @@ def decide(call: Call, density: float) -> Decision:
     The kernels have to be predicted faster by the model's own margin of error. What is chosen for
     a density is chosen for every lower one if it is the kernels.
     """
-    kernels, dense = cost.kernel_seconds(call, density), cost.dense_seconds(call)
+    dense = cost.dense_seconds(call, density)
+    at_once = BLOCK_GRADIENT_BYTES if call.op == "conv_norm_pool_relu" else None
+    layout = geometry(call.shape, LANES, REGISTERS, at_once)
+    if not (call.single_channel or layout.fits_offsets):
+        reason = "a scan is too large for the offsets of the CPU kernels"
+        return Decision(True, False, math.inf, dense, reason)
+    kernels = cost.kernel_seconds(call, density)
     takes_dense = kernels * cost.margin() > dense
     grouped = not call.single_channel and cost.grouped_pays(call.shape, density)
     reason = (
@@ -100,8 +108,16 @@ def forget() -> None:
 
 
 def density_of(mask: Tensor) -> float:
-    """Share of kept weights; counted again only when the mask has changed."""
-    return PlanCache.of(mask).density
+    """Share of kept weights; counted again only when the mask has changed.
+
+    The plan that the same call asks for next is not compared with the mask again.
+    """
+    return PlanCache.compare(mask).density
+
+
+def take_no_plan() -> None:
+    """Say that no plan will be asked for after `density_of`."""
+    PlanCache.forget()
 
 
 def gradients_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> Gradients:

@@ -7,11 +7,12 @@ import torch
 
 from sparsekit.bench.agreement import check_close, check_near, check_zero_outside
 from sparsekit.bench.blocks import IN_BLOCK, WITHOUT_CONVOLUTION
-from sparsekit.bench.figures import FORWARD, STEP, Figure, best_dense, figures, geometric_mean
+from sparsekit.bench.figures import FORWARD, Figure, best_dense, figures, geometric_mean
 from sparsekit.bench.network import LAYERS, MEAN_LAYERS, random_mask
 from sparsekit.bench.pages import page, rows_of
 from sparsekit.bench.pairs import Case, Turns, quartiles, ratio, ratios
 from sparsekit.bench.roofline import ceilings, points
+from sparsekit.bench.steps import STEP
 from sparsekit.errors import DisagreementError
 
 

@@ -83,10 +83,11 @@ def test_a_sparser_mask_never_goes_back_to_the_dense_path() -> None:
 def test_predictions_are_positive_and_follow_the_work() -> None:
     for call in _calls():
         assert cost.kernel_seconds(call, 0.1) > 0
-        assert cost.dense_seconds(call) > 0
+        assert cost.dense_seconds(call, 0.1) > 0
         if call.gradients != "none":
             forward = replace(call, gradients="none")
-            assert cost.dense_seconds(call) > cost.dense_seconds(forward), call
+            assert cost.dense_seconds(call, 0.1) > cost.dense_seconds(forward, 0.1), call
+        assert cost.dense_seconds(call, 1.0) <= cost.dense_seconds(call, 0.99), call
         if call.samples == 4:
             one = replace(call, samples=1)
             assert cost.kernel_seconds(call, 0.1) > cost.kernel_seconds(one, 0.1), call
