@@ -147,8 +147,8 @@ FEW_PLANES = [
     pytest.param(Case(1, 3, 4, (31, 22, 7), padding=ONES), 6, id="odd"),
     pytest.param(Case(3, 2, 4, (31, 22, 7)), 6, id="no-padding"),
     pytest.param(Case(2, 2, 4, (24, 20, 20), (5, 5, 5), padding=(2, 2, 2)), 10, id="kernel-5"),
-    pytest.param(Case(1, 2, 3, (24, 20, 20), (5, 5, 5), padding=ONES), 10, id="kernel-5-padding-1"),
-    pytest.param(Case(1, 2, 3, (30, 20, 20), (7, 7, 7), padding=THREE), 14, id="kernel-7"),
+    pytest.param(Case(1, 2, 3, (24, 20, 21), (5, 5, 5), padding=ONES), 10, id="kernel-5-padding-1"),
+    pytest.param(Case(1, 2, 3, (30, 20, 19), (7, 7, 7), padding=THREE), 14, id="kernel-7"),
     pytest.param(
         Case(2, 2, 3, (31, 22, 7), padding=(2, 1, 1), dilation=(2, 1, 1)), 10, id="dilated"
     ),
