@@ -1,6 +1,5 @@
 """The compiled passes over masks as bits. A part is up to `PART` entries."""
 
-import numba
 import numpy as np
 
 from sparsekit.kernels.blocks import (
@@ -19,6 +18,7 @@ from sparsekit.kernels.blocks import (
     store_u64,
 )
 from sparsekit.kernels.compiled import Kernel, kernel
+from sparsekit.kernels.intrinsics import inlined
 from sparsekit.kernels.parallel import take
 
 PART = 1 << 15
@@ -49,7 +49,7 @@ _ALL = np.uint64(2**64 - 1)
 _PART_BLOCKS = np.uint64(PART // LANES)
 
 
-@numba.njit
+@inlined()
 def _word(bits, n, block):  # pragma: no cover - compiled
     """The 64 bits of a block; those of entries after the last are 0."""
     if (block + _ONE) * _BLOCK <= n:
@@ -61,7 +61,7 @@ def _word(bits, n, block):  # pragma: no cover - compiled
     return word & ((_ONE << rest) - _ONE)
 
 
-@numba.njit
+@inlined()
 def _range(part, n):  # pragma: no cover - compiled
     """First block of a part, and the first after it."""
     first = np.uint64(part) * _PART_BLOCKS

@@ -6,7 +6,6 @@ sums together into the Gram matrix of the 27 shifted inputs and take each channe
 README.md has the formulas. Kernels are serial over numbered parts (`sparsekit.kernels.parallel`).
 """
 
-import numba
 import numpy as np
 
 from sparsekit.kernels.compiled import kernel
@@ -20,6 +19,7 @@ from sparsekit.kernels.conv_norm_pool_relu.window_tiles import (
     stack_bytes,
     store_doubles,
 )
+from sparsekit.kernels.intrinsics import inlined
 from sparsekit.kernels.parallel import take
 
 _FIELDS = {
@@ -67,7 +67,7 @@ _TOTALS = 8 * SUMS
 _SUMS_MAY_BE_REORDERED = {"contract", "reassoc", "nsz"}
 
 
-@numba.njit
+@inlined()
 def _clear(address, count):  # pragma: no cover - compiled
     floats = float32_at(address)
     for i in range(count):
@@ -109,7 +109,7 @@ def pad(job):  # pragma: no cover - compiled
         part = take(job)
 
 
-@numba.njit
+@inlined()
 def _add_up(stack, count, out, at):  # pragma: no cover - compiled
     """Sum the lanes of ``count`` vectors."""
     for i in range(count):
@@ -119,7 +119,7 @@ def _add_up(stack, count, out, at):  # pragma: no cover - compiled
         out[at + i] = total
 
 
-@numba.njit
+@inlined()
 def _plane_lags(address, plane, row, height, width, planes, out, at):  # pragma: no cover
     """Products of the plane at ``address`` with itself and the next ``planes`` - 1 planes.
 
@@ -149,7 +149,7 @@ def _plane_lags(address, plane, row, height, width, planes, out, at):  # pragma:
                 out[at + 25 * d + i] = 0.0
 
 
-@numba.njit
+@inlined()
 def _line_sum(address, count):  # pragma: no cover - compiled
     line = float32_at(address)
     total = 0.0
@@ -158,7 +158,7 @@ def _line_sum(address, count):  # pragma: no cover - compiled
     return total
 
 
-@numba.njit
+@inlined()
 def _voxel_sums(address, row, height, width, out, at):  # pragma: no cover - compiled
     """Sums over the plane, its first and last row, first and last column, and its 4 corners."""
     total, first_column, last_column = 0.0, 0.0, 0.0
@@ -179,7 +179,7 @@ def _voxel_sums(address, row, height, width, out, at):  # pragma: no cover - com
     out[at + 8] = np.float64(last[width - 1])
 
 
-@numba.njit
+@inlined()
 def _face_lags(address, row, rows, columns, out, at):  # pragma: no cover - compiled
     """Products of a face with itself, by rows (0 to 2) and columns (-2 to 2) apart."""
     for i in range(3):
@@ -224,7 +224,7 @@ def sum_products(job):  # pragma: no cover - compiled
         part = take(job)
 
 
-@numba.njit
+@inlined()
 def _lag(d, h, w):  # pragma: no cover - compiled
     """Where a plane's sums hold the products of voxels that lie (d, h, w) apart, either way."""
     if d < 0 or (d == 0 and h < 0):
@@ -232,14 +232,14 @@ def _lag(d, h, w):  # pragma: no cover - compiled
     return 25 * d + 5 * (h if d == 0 else h + 2) + w + 2
 
 
-@numba.njit
+@inlined()
 def _face_lag(i, j):  # pragma: no cover - compiled
     if i < 0:
         i, j = -i, -j
     return 5 * i + j + 2
 
 
-@numba.njit
+@inlined()
 def _edge(x, start, stride, count, apart):  # pragma: no cover - compiled
     """Products of voxels of a line with those ``apart`` further on (either way)."""
     apart = abs(apart)
@@ -249,7 +249,7 @@ def _edge(x, start, stride, count, apart):  # pragma: no cover - compiled
     return total
 
 
-@numba.njit
+@inlined()
 def _excluded(a, b, size):  # pragma: no cover - compiled
     """Position along an axis that both taps miss (-1: none).
 
@@ -261,7 +261,7 @@ def _excluded(a, b, size):  # pragma: no cover - compiled
     return 0 if a == 2 else size - 1
 
 
-@numba.njit
+@inlined()
 def _box(sums, at, eh, ew):  # pragma: no cover - compiled
     """Sum of a plane's voxels without an excluded row and column (0, or 1 first, or 2 last)."""
     total = sums[at]
@@ -274,7 +274,7 @@ def _box(sums, at, eh, ew):  # pragma: no cover - compiled
     return total
 
 
-@numba.njit
+@inlined()
 def _products(x, origin, plane, pitch, shape, sums, row, totals, a, b):  # pragma: no cover
     """Entry (a, b) of the Gram matrix: all products of their distance less those they miss."""
     depth, height, width = shape

@@ -5,7 +5,6 @@ number of the full resolution is ever stored. Kernels are serial over numbered p
 (`sparsekit.kernels.parallel`); a part is the slab of two planes that one plane of the output pools.
 """
 
-import numba
 import numpy as np
 
 from sparsekit.kernels.compiled import kernel
@@ -19,6 +18,7 @@ from sparsekit.kernels.conv_norm_pool_relu.window_tiles import (
     stack_bytes,
     store_window_maxima,
 )
+from sparsekit.kernels.intrinsics import inlined
 from sparsekit.kernels.parallel import take
 from sparsekit.kernels.vector import (
     LANES,
@@ -156,7 +156,7 @@ def forward(job):  # pragma: no cover - compiled
         part = take(job)
 
 
-@numba.njit
+@inlined()
 def _next(members, group, groups, channel_rows):  # pragma: no cover - compiled
     """Rows from a group's first channel to the channels of the next group."""
     if group + 1 == groups:

@@ -5,10 +5,10 @@ geometry.py has the layout.
 
 from typing import Any
 
-import numba
 import numpy as np
 
 from sparsekit.kernels.compiled import kernel
+from sparsekit.kernels.intrinsics import inlined
 from sparsekit.kernels.memory import clear_bytes, copy_bytes, load_float, load_int, store_float
 from sparsekit.kernels.parallel import take
 from sparsekit.kernels.record import record
@@ -20,7 +20,7 @@ PACK = record(
 )  # fmt: skip
 
 
-@numba.njit(fastmath={"contract", "reassoc", "nsz"})
+@inlined(fastmath={"contract", "reassoc", "nsz"})
 def _row_sum(source, count):  # pragma: no cover - compiled
     total = np.float32(0.0)
     for i in range(count):

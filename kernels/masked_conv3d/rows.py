@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from sparsekit.kernels.intrinsics import inlined
 from sparsekit.kernels.masked_conv3d.geometry import Tiling
 from sparsekit.kernels.memory import clear_bytes
 from sparsekit.kernels.vector import (
@@ -38,7 +38,7 @@ def row_table(tiling: Tiling, pitch: int, height: int, width: int) -> RowTable:
     return RowTable(bits.astype(np.uint16), firsts.astype(np.int32))
 
 
-@numba.njit
+@inlined()
 def stream_numbers(target, source, count):  # pragma: no cover - compiled
     """Copy float32 numbers past the caches; whole vectors are read."""
     left = 4 * count
@@ -55,7 +55,7 @@ def stream_numbers(target, source, count):  # pragma: no cover - compiled
     copy_first(target, source, left // 4)
 
 
-@numba.njit
+@inlined()
 def clear_rows(target, first, count, pitch, height, width):  # pragma: no cover - compiled
     """Set what of a plane's flat numbers first..first+count are voxels to 0."""
     row = first // pitch

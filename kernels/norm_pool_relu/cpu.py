@@ -15,6 +15,7 @@ import numba
 import numpy as np
 
 from sparsekit.kernels.compiled import kernel
+from sparsekit.kernels.intrinsics import inlined
 from sparsekit.kernels.memory import (
     clear_bytes,
     copy_bytes,
@@ -35,7 +36,7 @@ _REST = {"contract", "nsz"}
 _MOST_PENDING = 64
 
 
-@numba.njit
+@inlined()
 def _taken(sums_place):  # pragma: no cover - compiled
     """Sums over the lanes of the two vectors of `pool_windows`, in float64; clears them."""
     total = 0.0
@@ -47,7 +48,7 @@ def _taken(sums_place):  # pragma: no cover - compiled
     return total, squares
 
 
-@numba.njit(fastmath=_SUMS)
+@inlined(fastmath=_SUMS)
 def _row_sums(place, width, pivot):  # pragma: no cover - compiled
     row = numba.carray(floats(place), width)
     total = np.float32(0.0)
@@ -59,7 +60,7 @@ def _row_sums(place, width, pivot):  # pragma: no cover - compiled
     return total, squares
 
 
-@numba.njit(fastmath=_SUMS)
+@inlined(fastmath=_SUMS)
 def _exact_moments(x, depth, height, width, pitch, plane):  # pragma: no cover - compiled
     """Mean and variance in two passes, in float64."""
     count = depth * height * width
@@ -166,7 +167,7 @@ def make_forward(eps: float) -> Any:
     return norm_pool_relu_forward
 
 
-@numba.njit(fastmath=_SUMS)
+@inlined(fastmath=_SUMS)
 def _gradient_sums(y, grad, count):  # pragma: no cover - compiled
     """Sums of the gradient behind the ReLU and of its product with y, in runs of float32."""
     total = 0.0
@@ -214,7 +215,7 @@ def slopes(job: Any) -> None:  # pragma: no cover - compiled
         part = take(job)
 
 
-@numba.njit(fastmath=_REST)
+@inlined(fastmath=_REST)
 def _line(source, target, width, high, low, slope, offset):  # pragma: no cover - compiled
     x = numba.carray(floats(source), width)
     y = numba.carray(floats(target), width)

@@ -5,7 +5,6 @@ A part is up to `PART` entries of one tensor. Keys are the bits of ``|w|``.
 
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -33,6 +32,7 @@ from sparsekit.kernels.blocks import (
     vector_at,
 )
 from sparsekit.kernels.compiled import kernel
+from sparsekit.kernels.intrinsics import inlined
 from sparsekit.kernels.parallel import take
 
 PART = 1 << 14
@@ -137,7 +137,7 @@ _AHEAD = np.uint64(4096)
 _HALF = np.uint64(32)
 
 
-@numba.njit
+@inlined()
 def _whole_block(values, within, first, lowest, highest):  # pragma: no cover - compiled
     """Bits of the block of 64 entries from entry `first` of a part."""
     inside, above, nan = _classify_block(values + first * _FOUR, lowest, highest)
@@ -148,7 +148,7 @@ def _whole_block(values, within, first, lowest, highest):  # pragma: no cover - 
     return inside, above, nan
 
 
-@numba.njit
+@inlined()
 def _last_block(values, within, first, rest, lowest, highest, spare):  # pragma: no cover - compiled
     """Bits of the fewer than 64 entries from entry `first` on, by way of 256 spare bytes."""
     for i in range(_BLOCK // _TWO):
@@ -164,7 +164,7 @@ def _last_block(values, within, first, rest, lowest, highest, spare):  # pragma:
     return inside & allowed, above & allowed, nan
 
 
-@numba.njit
+@inlined()
 def _positions(words, blocks, spots):  # pragma: no cover - compiled
     """Write the positions of the bits that are set as uint16."""
     for i in range(blocks):
@@ -240,7 +240,7 @@ def bracket(job):  # pragma: no cover - compiled
         part = take(job)
 
 
-@numba.njit
+@inlined()
 def _lowest_bits(word, count):  # pragma: no cover - compiled
     """Keep the `count` lowest of the bits that are set."""
     kept = np.uint64(0)
