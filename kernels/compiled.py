@@ -166,12 +166,22 @@ def _sources(kernel_file: str) -> bytes:
     return digest.digest()
 
 
-def _check_cannot_raise(result: Any) -> None:
-    """Refuse a kernel with an exception left in its optimised code, as every allocation has one."""
-    if "picklebuf" in result.library.get_llvm_str():
+def _check(result: Any) -> None:
+    """Refuse a kernel that threads cannot run, or that the disk cannot hold whole."""
+    code = result.library.get_llvm_str()
+    name = result.fndesc.qualname
+    # Every exception leaves this in the optimised code, and every allocation has one.
+    if "picklebuf" in code:
         raise AssertionError(
-            f"{result.fndesc.qualname} allocates or can raise, which a thread could not report; "
+            f"{name} allocates or can raise, which a thread could not report; "
             "a range with a variable step and a tuple with a variable index can raise too"
+        )
+    called = set(re.findall(r"\bcall [^\n]*?@\"?(_ZN[^\s\"(]*)", code))
+    others = sorted(called - {result.fndesc.llvm_func_name})
+    if others:
+        raise AssertionError(
+            f"{name} calls compiled functions of their own, {others}: make them with "
+            "sparsekit.kernels.intrinsics.inlined"
         )
 
 
@@ -232,10 +242,11 @@ class _DiskCache:
     def save_overload(self, _signature: Any, result: Any) -> None:
         from numba.core.serialize import dumps
 
-        _check_cannot_raise(result)
+        # Links what the kernel calls, and only then is its code what will run.
+        body = dumps(result._reduce())
+        _check(result)
         assert not result.library.has_dynamic_globals
         name = self._file_name(result.target_context)
-        body = dumps(result._reduce())
         for folder in _folders():
             try:
                 folder.mkdir(parents=True, exist_ok=True)
