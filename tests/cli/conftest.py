@@ -1,7 +1,5 @@
 """A small cohort with awkward names, and the command line called in this process."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,26 +60,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def kernels_on_disk(people: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Let this process load the kernels that its runs need, and not compile them.
-
-    The process that compiles a kernel may add up in another order than those that load it
-    (kernels/compiled.py), and runs are compared bit by bit here.
-    """
-    out = tmp_path_factory.mktemp("runs") / "first"
-    line = ["fed", "run", "--cohort", str(people), "--cache", str(cache), *SMALL, "--out", str(out)]
-    code = "from sparsekit.cli import main; main()"
-    subprocess.run([sys.executable, "-c", code, *line], check=True, capture_output=True)
-
-
 @pytest.fixture(scope="session")
 def whole(people: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run of `people` with the settings SMALL; no test may change it."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    line = ["fed", "run", "--cohort", str(people), "--cache", str(cache), *SMALL, "--out"]
+    line = ["fed", "run", "--cohort", str(people), "--out", str(out), "--cache", str(cache)]
     with pytest.raises(SystemExit) as exited:
-        main([*line, str(out)])
+        main([*line, *SMALL])
     assert not exited.value.code
     return out
 

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 
 import sparsekit
 from sparsekit.kernels.compiled import Kernel, kernel
+from sparsekit.kernels.intrinsics import inlined
 
 JOB = np.dtype([("next", np.int64), ("value", np.int64), ("other", np.int64)], align=True)
 
@@ -195,3 +197,67 @@ def test_importing_the_decorator_does_not_import_numba() -> None:
     code = "import sys, sparsekit.kernels.compiled; print('numba' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_a_kernel_that_calls_a_compiled_function_is_refused() -> None:
+    """What is too large to become part of it unless it is asked to."""
+
+    def polynomial(x):  # type: ignore[no-untyped-def]
+        total = 0.0
+        for i in range(x):
+            for j in range(i):
+                total += (i + 1) * total * (j + 2) + (total + i) * total
+        return total
+
+    # LLVM is kept from joining the two, as it would decide for larger functions.
+    apart = numba.njit(polynomial, _dbg_optnone=True)
+    within = inlined()(polynomial)
+
+    for function, refused in ((apart, True), (within, False)):
+
+        @kernel(JOB)
+        def calling(job: Any) -> None:
+            job.value = int(function(job.value) + function(job.other))  # noqa: B023
+
+        if refused:
+            with pytest.raises(AssertionError, match="calls compiled functions of their own"):
+                assert calling.address
+        else:
+            assert calling.address
+
+
+def test_the_process_that_compiles_computes_the_bits_of_those_that_load(package: Path) -> None:
+    code = """
+import hashlib
+import torch
+from sparsekit import prune, sparsify
+from sparsekit.kernels.zero_pruned import cpu
+from sparsekit.models import BrainAgeCNN
+
+torch.set_num_threads(2)
+random = torch.Generator().manual_seed(1)
+model = BrainAgeCNN((20, 22, 21), width=0.25, generator=random)
+sparsify(model, prune.magnitude_masks(model, 0.9))
+for block in model.blocks:
+    block.conv.backend = "cpu"
+y = model(torch.randn(2, 1, 20, 22, 21, generator=random))
+y.sum().backward()
+digest = hashlib.sha256(y.detach().numpy().tobytes())
+for parameter in model.parameters():
+    digest.update(parameter.grad.contiguous().numpy().tobytes())
+print(digest.hexdigest(), cpu.zero.was_cached)
+"""
+    lines = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONPATH": str(package)},
+            cwd=package,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        lines.append(done.stdout.split())
+    (first, compiled), (second, loaded) = lines
+    assert (compiled, loaded) == ("False", "True")
+    assert first == second
