@@ -3,6 +3,7 @@
 Addresses are int64 numbers of bytes, as job records hold them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -18,61 +19,60 @@ def _pointer(builder: Any, address: Any, kind: Any) -> Any:
     return builder.inttoptr(address, kind.as_pointer())
 
 
-@intrinsic
-def load_float(typing_context: Any, address: Any) -> Any:
-    """Return the float32 number at ``address``."""
+def _load(kind: Any, widened: Any, number: Any) -> Callable[..., Any]:
+    """Intrinsic that reads ``kind`` and, if need be, widens it with one of LLVM's instructions."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        del context, signature
-        return builder.load(_pointer(builder, args[0], _F32))
+    def load(typing_context: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            del context, signature
+            value = builder.load(_pointer(builder, args[0], kind))
+            return getattr(builder, widened)(value, _I64) if widened else value
 
-    return types.float32(types.int64), generate
+        return number(types.int64), generate
 
-
-@intrinsic
-def store_float(typing_context: Any, address: Any, value: Any) -> Any:
-    """Write ``value`` as float32 to ``address``."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        del signature
-        builder.store(args[1], _pointer(builder, args[0], _F32))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.float32), generate
+    return intrinsic(load)
 
 
-@intrinsic
-def load_int(typing_context: Any, address: Any) -> Any:
-    """Return the int32 number at ``address`` as int64."""
+def _store(kind: Any, number: Any) -> Callable[..., Any]:
+    """Intrinsic that writes ``kind``, cutting off the bits that it lacks."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        del context, signature
-        return builder.sext(builder.load(_pointer(builder, args[0], _I32)), _I64)
+    def store(typing_context: Any, address: Any, value: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            del signature
+            narrow = args[1] if args[1].type == kind else builder.trunc(args[1], kind)
+            builder.store(narrow, _pointer(builder, args[0], kind))
+            return context.get_dummy_value()
 
-    return types.int64(types.int64), generate
+        return types.void(types.int64, number), generate
 
-
-@intrinsic
-def store_int(typing_context: Any, address: Any, value: Any) -> Any:
-    """Write ``value`` as int32 to ``address``."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        del signature
-        builder.store(builder.trunc(args[1], _I32), _pointer(builder, args[0], _I32))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), generate
+    return intrinsic(store)
 
 
-@intrinsic
-def load_byte(typing_context: Any, address: Any) -> Any:
-    """Return the byte at ``address`` as int64, 0 to 255."""
+def _as_pointer(kind: Any, number: Any) -> Callable[..., Any]:
+    """Intrinsic that makes a pointer of an address, for `numba.carray`."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        del context, signature
-        return builder.zext(builder.load(_pointer(builder, args[0], _I8)), _I64)
+    def pointer(typing_context: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            del context, signature
+            return _pointer(builder, args[0], kind)
 
-    return types.int64(types.int64), generate
+        return types.CPointer(number)(types.int64), generate
+
+    return intrinsic(pointer)
+
+
+load_float = _load(_F32, "", types.float32)
+"""The float32 number at an address."""
+load_int = _load(_I32, "sext", types.int64)
+"""The int32 number at an address, as int64."""
+load_byte = _load(_I8, "zext", types.int64)
+"""The byte at an address as int64, 0 to 255."""
+store_float = _store(_F32, types.float32)
+"""Write a float32 number to an address."""
+store_int = _store(_I32, types.int64)
+"""Write a number as int32 to an address."""
+floats = _as_pointer(_F32, types.float32)
+octets = _as_pointer(_I8, types.uint8)
 
 
 @intrinsic
@@ -111,25 +111,3 @@ def clear_bytes(typing_context: Any, target: Any, count: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate
-
-
-@intrinsic
-def floats(typing_context: Any, address: Any) -> Any:
-    """Return ``address`` as a pointer to float32, for `numba.carray`."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        del context, signature
-        return _pointer(builder, args[0], _F32)
-
-    return types.CPointer(types.float32)(types.int64), generate
-
-
-@intrinsic
-def octets(typing_context: Any, address: Any) -> Any:
-    """Return ``address`` as a pointer to uint8, for `numba.carray`."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        del context, signature
-        return _pointer(builder, args[0], _I8)
-
-    return types.CPointer(types.uint8)(types.int64), generate

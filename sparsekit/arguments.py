@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsekit.errors import ArgumentError, ArgumentTypeError
+from sparsekit.kernels.masked_conv3d.geometry import Shape
 from sparsekit.types import Size3
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -19,9 +20,7 @@ class Convolution:
 
     x: Tensor
     """(n, c_in, d, h, w), with what ``padding="same"`` needs at one end only already added."""
-    stride: Size3
-    padding: Size3
-    dilation: Size3
+    shape: Shape
     out: Size3
     """Grid of the output, at least 1 along each axis."""
 
@@ -58,16 +57,15 @@ def check_convolution(
     steps = _triple("stride", stride, least=1)
     spread = _triple("dilation", dilation, least=1)
     batch, pad = _resolve_padding(batch, padding, kernel, steps, spread)
-    d, h, w = (
-        (size + 2 * p - s * (k - 1) - 1) // step + 1
-        for size, p, s, k, step in zip(batch.shape[2:], pad, spread, kernel, steps, strict=True)
-    )
-    if min(d, h, w) < 1:
+    size: Size3 = (batch.shape[2], batch.shape[3], batch.shape[4])
+    shape = Shape(batch.shape[1], weight.shape[0], size, kernel, steps, pad, spread, groups)
+    out = shape.out
+    if min(out) < 1:
         raise ArgumentError(
-            f"x: a {tuple(batch.shape[2:])} grid with padding {pad} is smaller than the "
+            f"x: a {size} grid with padding {pad} is smaller than the "
             f"{kernel} kernel with dilation {spread}"
         )
-    return Convolution(batch, steps, pad, spread, (d, h, w))
+    return Convolution(batch, shape, out)
 
 
 def _check_tensors(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> None:

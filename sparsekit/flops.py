@@ -269,12 +269,9 @@ def _decide(
     with torch.enable_grad():
         needed = selector.gradients_of(x, weight, layer.bias)
     step, forward = (
-        selector.decide_for(
-            op, call.x, weight, density, gradients,
-            stride=call.stride, padding=call.padding, dilation=call.dilation, groups=layer.groups,
-        )
+        selector.decide_for(op, call.shape, call.x.shape[0], density, gradients)
         for gradients in (needed, "none")
-    )  # fmt: skip
+    )
     return step, forward
 
 

@@ -104,17 +104,15 @@ def masked_conv3d(
         )
     if voxel_mask is not None:
         voxel_mask = check_voxel_mask(voxel_mask, call.x, call.out)
-    run = _choose_conv(call, weight, mask, bias, groups, backend)
+    run = _choose_conv(call, weight, mask, bias, backend)
     y: Tensor = run(
-        call.x, weight, mask, bias,
-        stride=call.stride, padding=call.padding, dilation=call.dilation, groups=groups,
-        voxel_mask=voxel_mask, precision=precision,
-    )  # fmt: skip
+        call.x, weight, mask, bias, call.shape, voxel_mask=voxel_mask, precision=precision
+    )
     return y.squeeze(0) if x.ndim == 4 else y
 
 
 def _choose_conv(
-    call: Convolution, weight: Tensor, mask: Tensor, bias: Tensor | None, groups: int, backend: str
+    call: Convolution, weight: Tensor, mask: Tensor, bias: Tensor | None, backend: str
 ) -> Callable[..., Tensor]:
     x = call.x
     device_type = x.device.type
@@ -122,7 +120,7 @@ def _choose_conv(
     compiling = torch.compiler.is_compiling()
     decision = None
     if backend == "auto" and device_type == "cpu" and not (why or compiling):
-        decision = _decide("masked_conv3d", call, weight, mask, bias, groups)
+        decision = _decide("masked_conv3d", call, weight, mask, bias)
     # Meta tensors only carry shapes, which every backend gives alike.
     choice = dispatch.resolve(
         "masked_conv3d",
@@ -142,15 +140,15 @@ def _choose_conv(
 
 
 def _decide(
-    op: "Op", call: Convolution, weight: Tensor, mask: Tensor, bias: Tensor | None, groups: int
+    op: "Op", call: Convolution, weight: Tensor, mask: Tensor, bias: Tensor | None
 ) -> "Decision":
     # The cost model knows the kernels, and those load Numba.
     from sparsekit.kernels.masked_conv3d import selector
 
+    gradients = selector.gradients_of(call.x, weight, bias)
     decision = selector.decide_for(
-        op, call.x, weight, selector.density_of(mask), selector.gradients_of(call.x, weight, bias),
-        stride=call.stride, padding=call.padding, dilation=call.dilation, groups=groups,
-    )  # fmt: skip
+        op, call.shape, call.x.shape[0], selector.density_of(mask), gradients
+    )
     if decision.dense:
         selector.take_no_plan()
     return decision
@@ -206,17 +204,14 @@ def conv_norm_pool_relu(
         why = "torch.compile sees the single ops"
     decision = None
     if backend == "auto" and x.device.type == "cpu" and not why:
-        decision = _decide("conv_norm_pool_relu", call, weight, mask, bias, groups)
+        decision = _decide("conv_norm_pool_relu", call, weight, mask, bias)
     choice = dispatch.resolve(
         "conv_norm_pool_relu", x.device.type, backend, reference_only=why, decision=decision
     )
     if not (x.is_meta or torch.compiler.is_compiling()):
         detail = f"{tuple(weight.shape)} {str(x.dtype).removeprefix('torch.')}"
         dispatch.record(choice, x.device.type, detail)
-    y: Tensor = choice.implementation.load()(
-        call.x, weight, mask, bias,
-        stride=call.stride, padding=call.padding, dilation=call.dilation, groups=groups, eps=eps,
-    )  # fmt: skip
+    y: Tensor = choice.implementation.load()(call.x, weight, mask, bias, call.shape, eps=eps)
     return y
 
 

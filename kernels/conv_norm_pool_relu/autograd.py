@@ -8,10 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsekit.kernels.conv_norm_pool_relu import run, single_channel
-from sparsekit.kernels.masked_conv3d import run as conv
 from sparsekit.kernels.masked_conv3d.geometry import Shape
 from sparsekit.kernels.masked_conv3d.plan import PlanCache
-from sparsekit.types import Size3
 
 
 class _ConvNormPoolReLU(torch.autograd.Function):
@@ -92,15 +90,11 @@ def conv_norm_pool_relu(
     weight: Tensor,
     mask: Tensor,
     bias: Tensor | None,
+    shape: Shape,
     *,
-    stride: Size3,
-    padding: Size3,
-    dilation: Size3,
-    groups: int,
     eps: float,
 ) -> Tensor:
     """Run the Numba kernels; arguments are those that `sparsekit.ops` checked, float32 on a CPU."""
-    shape = conv.shape_of(x, weight, stride, padding, dilation, groups)
     needs_no_grad = not (x.requires_grad and torch.is_grad_enabled())
     y: Tensor
     if needs_no_grad and is_single_channel(shape):

@@ -15,7 +15,6 @@ from sparsekit.kernels.masked_conv3d import run, selector, voxels
 from sparsekit.kernels.masked_conv3d.cost import Gradients
 from sparsekit.kernels.masked_conv3d.geometry import Shape
 from sparsekit.kernels.masked_conv3d.plan import Plan
-from sparsekit.types import Size3
 
 
 def _forward(
@@ -86,11 +85,8 @@ def masked_conv3d(
     weight: Tensor,
     mask: Tensor,
     bias: Tensor | None,
+    shape: Shape,
     *,
-    stride: Size3,
-    padding: Size3,
-    dilation: Size3,
-    groups: int,
     voxel_mask: Tensor | None,
     precision: str,
 ) -> Tensor:
@@ -99,10 +95,10 @@ def masked_conv3d(
     y: Tensor
     if torch.compiler.is_compiling():
         y = torch.ops.sparsekit.masked_conv3d(
-            x, weight, mask, bias, stride, padding, dilation, groups, voxel_mask
-        )
+            x, weight, mask, bias, shape.stride, shape.padding, shape.dilation, shape.groups,
+            voxel_mask,
+        )  # fmt: skip
         return y
-    shape = run.shape_of(x, weight, stride, padding, dilation, groups)
     y = _MaskedConv3d.apply(x, weight, bias, mask, shape, voxel_mask)  # type: ignore[no-untyped-call]
     return y
 
@@ -112,11 +108,8 @@ def masked_conv3d_choosing(
     weight: Tensor,
     mask: Tensor,
     bias: Tensor | None,
+    shape: Shape,
     *,
-    stride: Size3,
-    padding: Size3,
-    dilation: Size3,
-    groups: int,
     voxel_mask: Tensor | None,
     precision: str,
 ) -> Tensor:
@@ -126,8 +119,8 @@ def masked_conv3d_choosing(
     """
     del precision
     y: Tensor = torch.ops.sparsekit.masked_conv3d(
-        x, weight, mask, bias, stride, padding, dilation, groups, voxel_mask,
-        selector.gradients_of(x, weight, bias),
+        x, weight, mask, bias, shape.stride, shape.padding, shape.dilation, shape.groups,
+        voxel_mask, selector.gradients_of(x, weight, bias),
     )  # fmt: skip
     return y
 
@@ -152,7 +145,7 @@ def masked_conv3d_op(
     the kernels. The backward operator gets the same text and so decides alike.
     """
     shape = _shape(x, weight, stride, padding, dilation, groups)
-    if _takes_dense(choose_for, shape, x, weight, mask):
+    if _takes_dense(choose_for, shape, x, mask):
         y = functional.conv3d(
             x, torch.where(mask, weight, 0.0), bias, stride, padding, dilation, groups
         )
@@ -160,13 +153,13 @@ def masked_conv3d_op(
     return _forward(x, weight, mask, bias, shape, voxel_mask)[0]
 
 
-def _takes_dense(choose_for: str, shape: Shape, x: Tensor, weight: Tensor, mask: Tensor) -> bool:
+def _takes_dense(choose_for: str, shape: Shape, x: Tensor, mask: Tensor) -> bool:
     if not choose_for:
         return False
+    gradients = cast(Gradients, choose_for)
     dense = selector.decide_for(
-        "masked_conv3d", x, weight, selector.density_of(mask), cast(Gradients, choose_for),
-        stride=shape.stride, padding=shape.padding, dilation=shape.dilation, groups=shape.groups,
-    ).dense  # fmt: skip
+        "masked_conv3d", shape, x.shape[0], selector.density_of(mask), gradients
+    ).dense
     if dense:
         selector.take_no_plan()
     return dense
@@ -196,7 +189,7 @@ def masked_conv3d_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the input (empty unless `need_x`), the weight and the bias."""
     shape = _shape(x, weight, stride, padding, dilation, groups)
-    if _takes_dense(choose_for, shape, x, weight, mask):
+    if _takes_dense(choose_for, shape, x, mask):
         return _dense_backward(
             grad, x, weight, mask, voxel_mask, stride, padding, dilation, groups, need_x
         )

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsekit.errors import BackendError
-from sparsekit.types import Size3
+from sparsekit.kernels.masked_conv3d.geometry import Shape
 
 
 def masked_conv3d(
@@ -13,11 +13,8 @@ def masked_conv3d(
     weight: Tensor,
     mask: Tensor,
     bias: Tensor | None,
+    shape: Shape,
     *,
-    stride: Size3,
-    padding: Size3,
-    dilation: Size3,
-    groups: int,
     voxel_mask: Tensor | None,
     precision: str,
 ) -> Tensor:
@@ -33,5 +30,5 @@ def masked_conv3d(
         )
     # Not weight * mask: NaN * 0 is NaN, and the gradient of a product would let it through.
     kept = torch.where(mask, weight, 0.0)
-    y = functional.conv3d(x, kept, bias, stride, padding, dilation, groups)
+    y = functional.conv3d(x, kept, bias, shape.stride, shape.padding, shape.dilation, shape.groups)
     return y if voxel_mask is None else torch.where(voxel_mask, y, 0.0)

@@ -17,7 +17,6 @@ from sparsekit.kernels.masked_conv3d.cost import Call, Gradients, Op
 from sparsekit.kernels.masked_conv3d.geometry import BLOCK_GRADIENT_BYTES, Shape, geometry
 from sparsekit.kernels.masked_conv3d.plan import PlanCache
 from sparsekit.kernels.vector import LANES, REGISTERS
-from sparsekit.types import Size3
 
 _PASSES: dict[Gradients, str] = {
     "none": "forward",
@@ -69,33 +68,19 @@ def decide(call: Call, density: float) -> Decision:
 
 
 def decide_for(
-    op: Op,
-    x: Tensor,
-    weight: Tensor,
-    density: float,
-    gradients: Gradients,
-    *,
-    stride: Size3,
-    padding: Size3,
-    dilation: Size3,
-    groups: int,
+    op: Op, shape: Shape, samples: int, density: float, gradients: Gradients
 ) -> Decision:
-    """Choose for tensors with torch's present settings; arguments as `sparsekit.ops` checked."""
+    """Choose with torch's present settings; sizes as `sparsekit.ops` checked them."""
     onednn = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
-    return _decide_sizes(
-        op, x.shape, weight.shape, stride, padding, dilation, groups, gradients,
-        torch.get_num_threads(), onednn, density,
-    )  # fmt: skip
+    return _decide_sizes(op, shape, samples, gradients, torch.get_num_threads(), onednn, density)
 
 
 @lru_cache(maxsize=4096)
 def _decide_sizes(
-    op: Op, x: torch.Size, weight: torch.Size, stride: Size3, padding: Size3, dilation: Size3,
-    groups: int, gradients: Gradients, threads: int, onednn: bool, density: float,
+    op: Op, shape: Shape, samples: int, gradients: Gradients, threads: int, onednn: bool,
+    density: float,
 ) -> Decision:  # fmt: skip
-    size, kernel = (x[2], x[3], x[4]), (weight[2], weight[3], weight[4])
-    shape = Shape(x[1], weight[0], size, kernel, stride, padding, dilation, groups)
-    return decide(Call(op, shape, x[0], gradients, threads, onednn), density)
+    return decide(Call(op, shape, samples, gradients, threads, onednn), density)
 
 
 _CACHED = decide, _decide_sizes, cost.grouped_pays, cost.shipped
