@@ -26,14 +26,6 @@ def vector_at(builder: Any, address: Any, element: Any, lanes: int) -> Any:
     return builder.load(pointer, align=1)
 
 
-def splat(builder: Any, value: Any, lanes: int) -> Any:
-    """Emit a vector that holds one value in all lanes."""
-    undefined = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
-    first = builder.insert_element(undefined, value, ir.Constant(ir.IntType(32), 0))
-    lane_zero = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
-    return builder.shuffle_vector(first, undefined, lane_zero)
-
-
 def constant(element: Any, value: int, lanes: int) -> Any:
     """Vector of a number that is known now."""
     return ir.Constant(ir.VectorType(element, lanes), [value] * lanes)

@@ -36,7 +36,6 @@ from sparsekit.kernels.vector_ir import (
     pointer,
     shuffle,
     splat,
-    splat_int,
     unpack,
 )
 
@@ -328,7 +327,7 @@ def copy_first(typing_context: Any, target: Any, source: Any, count: Any) -> Any
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         del signature
         lanes = ir.Constant(ir.VectorType(I32, LANES), list(range(LANES)))
-        inside = builder.icmp_signed("<", lanes, splat_int(builder, builder.trunc(args[2], I32)))
+        inside = builder.icmp_signed("<", lanes, splat(builder, builder.trunc(args[2], I32)))
         masked_store(builder, load(builder, args[1]), args[0], inside, f"v{LANES}f32")
         return context.get_dummy_value()
 
@@ -406,7 +405,7 @@ def leave_tile(
                     )
                     packed = builder.call(compress, [vectors[i * b_ + j], chosen, UNDEFINED])
                     count = builder.call(count_ones, [wanted])
-                    inside = builder.icmp_signed("<", order, splat_int(builder, count))
+                    inside = builder.icmp_signed("<", order, splat(builder, count))
                     masked_store(builder, packed, place, inside, f"v{LANES}f32")
                     place = builder.add(place, builder.zext(builder.shl(count, I32(2)), I64))
         return context.get_dummy_value()

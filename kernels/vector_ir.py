@@ -50,24 +50,17 @@ def fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [x, y, z])
 
 
-def splat(builder: Any, scalar: Any) -> Any:
-    """Vector with a float32 number in every lane."""
-    first = builder.insert_element(UNDEFINED, scalar, I32(0))
-    zeros = ir.Constant(ir.VectorType(I32, LANES), [0] * LANES)
-    return builder.shuffle_vector(first, UNDEFINED, zeros)
+def splat(builder: Any, scalar: Any, lanes: int = LANES) -> Any:
+    """Vector with a number of any type in every lane."""
+    undefined = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
+    first = builder.insert_element(undefined, scalar, I32(0))
+    zeros = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
+    return builder.shuffle_vector(first, undefined, zeros)
 
 
 def shuffle(builder: Any, x: Any, y: Any, lanes: list[int]) -> Any:
     """Lanes of x and y by number, those of y counted on from x's."""
     return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
-
-
-def splat_int(builder: Any, scalar: Any) -> Any:
-    """Vector with an int32 number in every lane."""
-    undefined = ir.Constant(ir.VectorType(I32, LANES), ir.Undefined)
-    first = builder.insert_element(undefined, scalar, I32(0))
-    zeros = ir.Constant(ir.VectorType(I32, LANES), [0] * LANES)
-    return builder.shuffle_vector(first, undefined, zeros)
 
 
 def masked_store(builder: Any, value: Any, address: Any, inside: Any, kind: str) -> None:

@@ -20,7 +20,6 @@ from sparsekit.kernels.vector_ir import (
     pointer,
     shuffle,
     splat,
-    splat_int,
 )
 
 
@@ -69,7 +68,7 @@ def pool_windows(
             start = builder.add(first_, I64(half * VECTOR_BYTES))
             lower = builder.add(start, plane_)
             lanes = ir.Constant(integers, [half * LANES + i for i in range(LANES)])
-            inside = builder.icmp_signed("<", lanes, splat_int(builder, count))
+            inside = builder.icmp_signed("<", lanes, splat(builder, count))
             values = [
                 masked_load(builder, address, inside)
                 for address in (start, builder.add(start, row_), lower, builder.add(lower, row_))
@@ -101,7 +100,7 @@ def pool_windows(
             builder.select(take_right, right_at, left_at), ir.VectorType(I8, LANES)
         )
         lanes = ir.Constant(integers, list(range(LANES)))
-        pooled = splat_int(builder, builder.ashr(count, I32(1)))
+        pooled = splat(builder, builder.ashr(count, I32(1)))
         inside = builder.icmp_signed("<", lanes, pooled)
         masked_store(builder, value, target_, inside, f"v{LANES}f32")
         masked_store(builder, place, winner_, inside, f"v{LANES}i8")
@@ -158,7 +157,7 @@ def unpool_windows(
         zero = ir.Constant(VECTOR, [0.0] * LANES)
         count = builder.trunc(columns_, I32)
         lanes = ir.Constant(integers, list(range(LANES)))
-        windows = splat_int(builder, builder.ashr(count, I32(1)))
+        windows = splat(builder, builder.ashr(count, I32(1)))
         counted = builder.icmp_signed("<", lanes, windows)
         # Unordered: NaN is not <= 0. The last windows border on memory of others.
         alive = builder.fcmp_unordered(">", masked_load(builder, pooled_, counted), zero)
@@ -189,7 +188,7 @@ def unpool_windows(
             for half, order in enumerate((low_half, high_half)):
                 start = I64(half * VECTOR_BYTES)
                 here = ir.Constant(integers, [half * LANES + i for i in range(LANES)])
-                inside = builder.icmp_signed("<", here, splat_int(builder, count))
+                inside = builder.icmp_signed("<", here, splat(builder, count))
                 value = masked_load(builder, builder.add(first, start), inside)
                 moved = builder.fsub(value, center_high)
                 moved = builder.fsub(moved, center_low)

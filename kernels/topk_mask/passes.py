@@ -23,7 +23,6 @@ from sparsekit.kernels.blocks import (
     load_u64,
     lowest_one,
     prefetch_block,
-    splat,
     stack_bytes,
     store_u8,
     store_u16,
@@ -34,6 +33,7 @@ from sparsekit.kernels.blocks import (
 from sparsekit.kernels.compiled import kernel
 from sparsekit.kernels.intrinsics import inlined
 from sparsekit.kernels.parallel import take
+from sparsekit.kernels.vector_ir import splat
 
 PART = 1 << 14
 """Entries of a part: its values and bits stay in the level-2 cache between two looks."""

@@ -1,7 +1,7 @@
 """Fixtures of the kernel tests: poisoned memory, and comparison by the table of tolerances."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,14 @@ def compare() -> Compare:
         assert worst <= limit, f"{op} {direction}: error {worst:.3g} above {limit:.3g}"
 
     return check
+
+
+@pytest.fixture
+def torch_threads() -> Iterator[Callable[[int], None]]:
+    """Set the number of torch's threads; it is put back after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

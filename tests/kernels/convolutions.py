@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 from sparsekit.ops import masked_conv3d
@@ -63,6 +64,13 @@ CASES = [
     ),
 ]
 DENSITIES = ["none", "one", "half", "all"]
+
+# Drawn shapes are often impossible, and fixtures here have no state.
+drawn = settings(
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture],
+)
 
 
 def make_mask(shape: tuple[int, ...], density: str) -> Tensor:

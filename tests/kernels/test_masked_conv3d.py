@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from tests.kernels.convolutions import (
     DENSITIES,
     Case,
     Compare,
+    drawn,
     make_inputs,
     make_mask,
     naive,
@@ -168,12 +169,7 @@ axis = st.tuples(
 )  # size, kernel, stride, padding, dilation
 
 
-@settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture],
-)
+@settings(drawn, max_examples=60)
 @given(
     axes=st.tuples(axis, axis, axis),
     batch=st.integers(0, 2),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from tests.kernels.convolutions import (
     DENSITIES,
     Case,
     Compare,
+    drawn,
     make_inputs,
     operands,
     run_op,
@@ -305,12 +306,7 @@ axis = st.tuples(
 )  # size, kernel, stride, padding, dilation
 
 
-@settings(
-    max_examples=150,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture],
-)
+@settings(drawn, max_examples=150)
 @given(
     axes=st.tuples(axis, axis, axis),
     batch=st.integers(1, 3),

@@ -12,13 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sparsekit.errors import BackendError
 from sparsekit.kernels.masked_conv3d.geometry import Geometry, Grid, Shape, geometry
 from sparsekit.kernels.masked_conv3d.plan import build
-from tests.kernels.convolutions import CASES, Case
+from tests.kernels.convolutions import CASES, Case, drawn
 
 ROOT = Path(__file__).parents[2]
 MACHINES = [(4, 16), (8, 16), (16, 32)]
@@ -120,12 +120,7 @@ axis = st.tuples(
 )  # size, kernel, stride, padding, dilation
 
 
-@settings(
-    max_examples=150,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture],
-)
+@settings(drawn, max_examples=150)
 @given(axes=st.tuples(axis, axis, axis), machine=st.sampled_from(MACHINES))
 def test_drawn_shapes(axes: tuple[tuple[int, ...], ...], machine: tuple[int, int]) -> None:
     size, kernel, stride, padding, dilation = (

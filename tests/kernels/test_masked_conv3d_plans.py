@@ -4,10 +4,7 @@ import copy
 import gc
 import hashlib
 import io
-import os
 import pickle
-import select
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -24,6 +21,7 @@ from sparsekit.kernels.masked_conv3d.plan import PlanCache
 from sparsekit.masks import masks_of
 from sparsekit.nn import MaskedConv3d
 from sparsekit.ops import conv_norm_pool_relu
+from tests.kernels.processes import in_forked_child
 
 # Enough work for two threads, and several tiles.
 LARGE = (2, 6, 10, 30, 31)
@@ -315,25 +313,15 @@ def test_a_forked_child(threads: Callable[[int], None], monkeypatch: pytest.Monk
     # torch's own threads do not survive a fork; ours must do without them.
     threads(1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            with torch.no_grad():
-                os.write(write, digest([module(x)]))
-                module.mask.logical_not_()
-                check_layer(module, x)
-                os.write(write, b"done")
-        finally:
-            os._exit(0)
-    os.close(write)
-    try:
-        with os.fdopen(read, "rb") as pipe:
-            assert select.select([pipe], [], [], 30)[0], "the child does not answer"
-            assert pipe.read() == expected + b"done"
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+
+    def work() -> bytes:
+        with torch.no_grad():
+            answer = digest([module(x)])
+            module.mask.logical_not_()
+            check_layer(module, x)
+        return answer + b"done"
+
+    assert in_forked_child(work) == expected + b"done"
 
 
 class Convolved(torch.utils.data.Dataset[Tensor]):

@@ -1,17 +1,15 @@
 """norm_pool_relu on several threads and in forked children."""
 
 import hashlib
-import os
-import select
-import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from sparsekit.ops import norm_pool_relu
+from tests.kernels.processes import in_forked_child
 
 LARGE = (2, 3, 40, 41, 42)
 
@@ -33,13 +31,6 @@ def with_gradient(
 
 def run_cpu(x: Tensor) -> Tensor:
     return norm_pool_relu(x, backend="cpu")
-
-
-@pytest.fixture
-def torch_threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def test_the_number_of_threads_changes_no_bit(torch_threads: Callable[[int], None]) -> None:
@@ -83,19 +74,9 @@ def test_a_forked_child_starts_its_own_threads(
     torch_threads(1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     x = make(LARGE)
-    expected = hashlib.sha256(run_cpu(x).numpy().tobytes()).digest()
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.write(write, hashlib.sha256(run_cpu(x).numpy().tobytes()).digest())
-        finally:
-            os._exit(0)
-    os.close(write)
-    try:
-        with os.fdopen(read, "rb") as pipe:
-            assert select.select([pipe], [], [], 30)[0], "the child does not answer"
-            assert pipe.read() == expected
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+
+    def work() -> bytes:
+        return hashlib.sha256(run_cpu(x).numpy().tobytes()).digest()
+
+    expected = work()
+    assert in_forked_child(work) == expected

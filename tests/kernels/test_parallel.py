@@ -1,13 +1,10 @@
 """Kernels on torch's threads: every part once, whoever calls, in whatever process."""
 
 import multiprocessing
-import os
-import select
-import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from torch import Tensor
 
 from sparsekit.kernels import parallel
 from sparsekit.kernels.compiled import kernel
+from tests.kernels.processes import in_forked_child
 
 JOB = np.dtype(
     [("next", np.int64), ("parts", np.int64), ("values", np.uintp), ("threads", np.uintp)],
@@ -66,13 +64,6 @@ def run(count_parts: Any, parts: int, threads: int) -> npt.NDArray[np.int64]:
     job = count_parts.job(parts=parts, values=values.ctypes.data)
     parallel.run(count_parts.address, job, threads)
     return values
-
-
-@pytest.fixture
-def torch_threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 4, 5])
@@ -153,44 +144,25 @@ def test_inside_a_backward_pass(count_parts: Any) -> None:
 def test_a_forked_child_starts_its_own_threads(count_parts: Any) -> None:
     # The parent's runtime has threads already, which the child does not inherit.
     assert np.array_equal(run(count_parts, 97, 2), expected(97))
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            good = all(np.array_equal(run(count_parts, 97, 2), expected(97)) for _ in range(20))
-            os.write(write, b"good" if good else b"bad")
-        finally:
-            os._exit(0)
-    os.close(write)
-    try:
-        with os.fdopen(read, "rb") as pipe:
-            assert select.select([pipe], [], [], 30)[0], "the child does not answer"
-            assert pipe.read() == b"good"
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+
+    def work() -> bytes:
+        good = all(np.array_equal(run(count_parts, 97, 2), expected(97)) for _ in range(20))
+        return b"good" if good else b"bad"
+
+    assert in_forked_child(work) == b"good"
     assert np.array_equal(run(count_parts, 97, 2), expected(97))
-
-
-def _select_in_child(_: int) -> list[int]:
-    from sparsekit.ops import topk_mask
-
-    torch.set_num_threads(2)
-    values = torch.arange(1 << 18, dtype=torch.float32) % 1000
-    (mask,) = topk_mask([values], 300)
-    return torch.nonzero(mask).flatten().tolist()
 
 
 def test_a_spawned_child(tmp_path: Path) -> None:
     # In a file of its own, because a child has to import what it runs.
     module = tmp_path / "spawned.py"
-    here = Path(__file__)
+    here = Path(__file__).with_name("processes.py")
     module.write_text(
         "import importlib.util, multiprocessing, sys\n"
         f"spec = importlib.util.spec_from_file_location('cases', {str(here)!r})\n"
         "cases = importlib.util.module_from_spec(spec)\n"
         "spec.loader.exec_module(cases)\n"
-        "def child(i):\n    return cases._select_in_child(i)\n"
+        "def child(i):\n    return cases.select_in_child(i)\n"
         "if __name__ == '__main__':\n"
         "    context = multiprocessing.get_context('spawn')\n"
         "    with context.Pool(2) as pool:\n"

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -163,13 +163,6 @@ def test_dtypes_and_memory_orders_mix() -> None:
 def test_masks_above_the_size_of_huge_pages() -> None:
     values = randn(cpu._LARGE_BYTES + 12_345)
     same_as_reference([values], values.numel() // 20)
-
-
-@pytest.fixture
-def torch_threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def test_the_number_of_threads_changes_no_bit(torch_threads: Callable[[int], None]) -> None:
