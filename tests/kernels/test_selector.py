@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from sparsekit import masked_conv3d
 from sparsekit.kernels import dispatch
-from sparsekit.kernels.masked_conv3d import cost, selector
+from sparsekit.kernels.masked_conv3d import cost, run, selector
 from sparsekit.kernels.masked_conv3d.cost import Call, Gradients
 from sparsekit.kernels.masked_conv3d.geometry import Shape
 from sparsekit.nn import MaskedConv3d
@@ -268,14 +268,12 @@ def test_a_mask_that_keeps_all_needs_no_selection() -> None:
     weight[0, 0, 0, 0, 0] = float("nan")
     dense = dispatch.DENSE["masked_conv3d"].load()
     every = torch.ones_like(weight, dtype=torch.bool)
-    settings: dict[str, Any] = {
-        "stride": (1, 1, 1), "padding": (1, 1, 1), "dilation": (1, 1, 1), "groups": 1,
-        "precision": "auto", "voxel_mask": None,
-    }  # fmt: skip
-    y = dense(x, weight, every, bias, **settings)
+    shape = run.shape_of(x, weight, (1, 1, 1), (1, 1, 1), (1, 1, 1), 1)
+    settings: dict[str, Any] = {"precision": "auto", "voxel_mask": None}
+    y = dense(x, weight, every, bias, shape, **settings)
     assert torch.equal(y.isnan(), functional.conv3d(x, weight, bias, padding=1).isnan())
     every[0, 0, 0, 0, 0] = False
-    assert not dense(x, weight, every, bias, **settings).isnan().any()
+    assert not dense(x, weight, every, bias, shape, **settings).isnan().any()
 
 
 def test_recorded_regret_is_within_five_percent() -> None:
