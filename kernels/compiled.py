@@ -35,8 +35,7 @@ from typing import Any
 
 import numpy as np
 
-Job = np.ndarray[Any, np.dtype[np.void]]
-"""One record, as an array without axes; its first field is the counter of `parallel.take`."""
+from sparsekit.kernels.record import Fields, Job
 
 _PLAIN = (bool, int, float, str, bytes, type(None), np.dtype, np.generic)
 
@@ -63,12 +62,8 @@ class Kernel:
         job_dtype: np.dtype[np.void],
         fastmath: Collection[str] = (),
     ) -> None:
-        names = job_dtype.names or ("",)
-        # Threads take their parts by adding to the first eight bytes.
-        assert names[0] == "next"
-        assert job_dtype[0] == np.dtype(np.int64)
         self.job_dtype = job_dtype
-        self._zeros: dict[str, Any] = dict.fromkeys(names, 0)
+        self._fields = Fields(job_dtype)
         self.__doc__ = function.__doc__
         self.__name__ = function.__name__
         self._function = function
@@ -95,8 +90,9 @@ class Kernel:
 
     def job(self, **fields: Any) -> Job:
         """Return a new record with these fields; the others are 0."""
-        # In the order of the dtype; a field that it lacks makes the tuple too long for it.
-        return np.array(tuple((self._zeros | fields).values()), self.job_dtype)
+        job = Job(self._fields, self._fields.zeros[:])
+        job.set(fields)
+        return job
 
     def _compile(self) -> Any:
         import numba

@@ -25,6 +25,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from sparsekit.kernels.compiled import Job
+from sparsekit.kernels.record import Job
 
 _CALL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -73,14 +74,14 @@ def run(kernel_address: int, job: Job, threads: int) -> None:
     ----------
     kernel_address : int
         `Kernel.address`.
-    job : ndarray
+    job : Job
         The record; its counter ``next`` is set to 0 first. Memory that it points to must stay alive
         and unmoved during the call.
     threads : int
         Most threads to use, this one included. 1 calls the kernel right here.
     """
     job["next"] = 0
-    pointer = job.ctypes.data
+    pointer = job.address
     if threads == 1:
         _callable(kernel_address)(pointer)
         return
@@ -89,6 +90,21 @@ def run(kernel_address: int, job: Job, threads: int) -> None:
         parallel(kernel_address, pointer, threads, 0)
         return
     _run_on_pool(_callable(kernel_address), pointer, threads)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A kernel and a job of which only some fields, as a rule addresses, are still unknown."""
+
+    address: int
+    job: Job
+    threads: int
+    keeps: object = None
+    """Owners of memory that the job points to, where nobody else keeps them."""
+
+    def run(self, **fields: int) -> None:
+        """Run a copy of the job with these fields."""
+        run(self.address, self.job.again(**fields), self.threads)
 
 
 def _run_on_pool(call: Callable[[int], None], pointer: int, threads: int) -> None:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sparsekit.kernels import buffers, parallel
+from sparsekit.kernels.masked_conv3d import packing
 from sparsekit.kernels.masked_conv3d import run as conv
+from sparsekit.kernels.masked_conv3d.backward import BackwardPass
 from sparsekit.kernels.masked_conv3d.geometry import BLOCK_GRADIENT_BYTES, Geometry, Shape
 from sparsekit.kernels.masked_conv3d.plan import Plan
 from sparsekit.kernels.norm_pool_relu import cpu as norm_pool
@@ -33,7 +35,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, *, eps: 
     """Run the block on `x` (n, c_in, d, h, w); the result is ``pooled``."""
     layout_ = plan.geometry
     samples, channels = x.shape[0], weight.shape[0]
-    padded = conv.pack_source(x, layout_)
+    padded = packing.pack_source(x, plan)
     planes = conv.forward(padded, weight, bias, plan, samples, dense=False)
     target = layout_.target
     where = norm.Planes(
@@ -74,10 +76,10 @@ def backward(
         g_plane=4 * grid.plane, g_channel=4 * grid.channel, g_sample=4 * grid.sample,
         g_inner=4 * (grid.interior - lead * grid.plane),
     )  # fmt: skip
-    work = conv.BackwardPass(saved.padded, weight, plan, samples, need_x=need_x)
-    for step in _steps(layout_, samples):
-        for name, value in step.fields.items():
-            job[name] = value
+    steps = list(_steps(layout_, samples))
+    work = BackwardPass(saved.padded, weight, plan, samples, steps[0].end, at_once, need_x=need_x)
+    for step in steps:
+        job.set(step.fields)
         parallel.run(norm_pool.backward.address, job, threads)
         work.run(g, step.sample, at_once, step.begin, step.end)
     work.finish()

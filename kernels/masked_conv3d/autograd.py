@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from sparsekit.kernels.masked_conv3d import run, selector, voxels
+from sparsekit.kernels.masked_conv3d import backward as backward_pass
+from sparsekit.kernels.masked_conv3d import packing, run, selector, voxels
 from sparsekit.kernels.masked_conv3d.cost import Gradients
 from sparsekit.kernels.masked_conv3d.geometry import Shape
 from sparsekit.kernels.masked_conv3d.plan import Plan
@@ -23,14 +24,14 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Plan]:  # fmt: skip
     """Return the output, the padded input and the plan."""
     plan = run.plan_of(mask, shape)
-    padded = run.pack_source(x.detach(), plan.geometry)
+    padded = packing.pack_source(x, plan)
     active = None
     if voxel_mask is not None:
         active = voxels.forward_tiles(voxel_mask, plan.geometry, x.shape[0])
     y = run.forward(
         padded,
-        weight.detach().contiguous(),
-        None if bias is None else bias.detach().contiguous(),
+        weight.contiguous(),
+        None if bias is None else bias.contiguous(),
         plan,
         x.shape[0],
         active=active,
@@ -45,14 +46,13 @@ def _backward(
     need_x: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
     """Gradients of the input (or None), the weight and the bias."""
-    grad = grad.detach()
     active = None
     if voxel_mask is not None:
         grad = torch.where(voxel_mask, grad, 0.0)
         active = voxels.backward_tiles(voxel_mask, plan.geometry, grad.shape[0])
-    packed, sums = run.pack_gradient(grad, plan.geometry)
-    found = run.backward(
-        packed, padded, weight.detach().contiguous(), plan, grad.shape[0],
+    packed, sums = packing.pack_gradient(grad, plan)
+    found = backward_pass.backward(
+        packed, padded, weight.contiguous(), plan, grad.shape[0],
         need_x=need_x, active=active,
     )  # fmt: skip
     return found.x, found.weight, sums.sum(dim=0)
@@ -194,7 +194,7 @@ def masked_conv3d_backward_op(
             grad, x, weight, mask, voxel_mask, stride, padding, dilation, groups, need_x
         )
     plan = run.plan_of(mask, shape)
-    padded = run.pack_source(x.detach(), plan.geometry)
+    padded = packing.pack_source(x, plan)
     dx, dw, db = _backward(grad, padded, weight, plan, voxel_mask, need_x)
     return x.new_empty(0) if dx is None else dx, dw, db
 

@@ -18,6 +18,7 @@ from sparsekit.kernels.masked_conv3d.rows import (
     stream_numbers,
 )
 from sparsekit.kernels.memory import (
+    clear_bytes,
     load_byte,
     load_float,
     load_int,
@@ -57,7 +58,7 @@ BACKWARD = record(
     "samples", "blocks", "c_out", "rows", "edges", "tile_parts", "row_parts", "steps", "sequence",
     "g_sample", "g_channel", "g_plane", "ahead", "x_sample", "x_channel", "x_plane",
     "dx_sample", "dx_channel", "dx_plane", "sums_part", "scratch_part",
-    "depth", "dense", "lanes", "firsts",
+    "depth", "dense", "lanes", "firsts", "fresh",
 )  # fmt: skip
 
 
@@ -187,6 +188,13 @@ def backward(a: int, b: int) -> Kernel:
             sums = job.sums + chunk * job.sums_part
             r_begin = load_int(job.edges + 4 * slab)
             r_end = load_int(job.edges + 4 * (slab + 1))
+            if job.fresh != 0:
+                for block in range(blocks):
+                    row = block * rows + r_begin
+                    begin = sums + 4 * (load_int(starts + 4 * row) + SUMS_AT_ONCE * row)
+                    row = block * rows + r_end
+                    end = sums + 4 * (load_int(starts + 4 * row) + SUMS_AT_ONCE * row)
+                    clear_bytes(begin, end - begin)
             total_steps = job.samples * sequence
             for n in range(
                 total_steps * chunk // tile_parts, total_steps * (chunk + 1) // tile_parts

@@ -2,8 +2,9 @@
 
 import ctypes
 import threading
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,9 @@ from sparsekit.kernels.memory import load_byte, load_int, store_int
 from sparsekit.kernels.record import record
 
 Ints = npt.NDArray[np.int32]
+T = TypeVar("T")
+# Each batch size and number of threads takes a few; a loader may give many batch sizes.
+_MOST_PREPARED = 64
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,17 @@ class Plan:
     """Rows are output channels, blocks are ranges of input channels of a group."""
     backward: WeightList
     """Rows are channels of the padded input, blocks are ranges of output channels."""
+
+    _prepared: dict[Any, Any] = field(default_factory=dict)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` returned for this key before; drivers keep their jobs here."""
+        found: T | None = self._prepared.get(key)
+        if found is None:
+            if len(self._prepared) >= _MOST_PREPARED:
+                self._prepared.clear()
+            found = self._prepared[key] = make()
+        return found
 
 
 _LISTS = record(

@@ -147,7 +147,7 @@ def test_a_job_starts_at_zero_and_division_by_zero_does_not_raise() -> None:
         """Divide."""
         job.value = job.value // job.other
 
-    assert divide.job().item() == (0, 0, 0)
+    assert [divide.job()[name] for name in ("next", "value", "other")] == [0, 0, 0]
     assert value_after(divide, value=7, other=2) == 3
     value_after(divide, value=7, other=0)
     assert divide.__doc__ == "Divide."

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsekit.kernels.conv_norm_pool_relu import run as block_run
-from sparsekit.kernels.masked_conv3d import geometry
+from sparsekit.kernels.masked_conv3d import geometry, packing
 from sparsekit.kernels.masked_conv3d import run as conv_run
 from sparsekit.ops import conv_norm_pool_relu
 from tests.kernels.convolutions import DENSITIES, Case, Compare, make_mask
@@ -133,7 +133,7 @@ def test_every_way_through_the_kernels(
     case: Case, mode: str, compare: Compare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in MODES[mode].items():
-        owners = [module for module in (block_run, conv_run, geometry) if hasattr(module, name)]
+        owners = [m for m in (block_run, conv_run, packing, geometry) if hasattr(m, name)]
         assert owners
         for owner in owners:
             monkeypatch.setattr(owner, name, value)

@@ -15,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsekit.kernels.masked_conv3d import geometry, run
+from sparsekit.kernels.masked_conv3d import geometry, packing, run
 from sparsekit.kernels.masked_conv3d.plan import PlanCache
 from sparsekit.kernels.vector import LANES
 from sparsekit.ops import explain, masked_conv3d
@@ -130,7 +130,7 @@ def test_values_and_gradients(case: Case, density: str, compare: Compare) -> Non
     check_case(case, density, compare)
 
 
-# What run.py decides by size, forced. Every mode changes the way through the kernels.
+# What is decided by size, forced. Every mode changes the way through the kernels.
 MODES: dict[str, dict[str, int]] = {
     "one-channel-blocks": {"_FIRST_CACHE_BYTES": 1, "_SECOND_CACHE_BYTES": 1},
     "blocks-of-3": {"_FIRST_CACHE_BYTES": 0, "_SECOND_CACHE_BYTES": -3},
@@ -146,8 +146,8 @@ MODES: dict[str, dict[str, int]] = {
 
 def set_mode(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     for name, value in MODES[mode].items():
-        owner = geometry if hasattr(geometry, name) else run
         if value >= 0:
+            (owner,) = [m for m in (geometry, packing, run) if hasattr(m, name)]
             monkeypatch.setattr(owner, name, value)
         else:
             # Blocks of so many channels, whatever their size.
