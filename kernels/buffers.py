@@ -38,7 +38,7 @@ def empty(shape: Sequence[int]) -> Tensor:
     """Return a float32 tensor on the CPU with arbitrary content, 64-byte aligned."""
     count = math.prod(shape)
     if 4 * count < SMALLEST_BYTES:
-        return torch.empty(*shape, dtype=torch.float32, device="cpu")
+        return torch.empty(shape, dtype=torch.float32, device="cpu")
     block = _take(count)
     # In its final shape: a torch view could not be changed in place behind an autograd function.
     array = block[:count].reshape(shape)

@@ -295,14 +295,27 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
-_records: OrderedDict[tuple[str, str, str, str, str], int] = OrderedDict()
+Kind = tuple[str, str, str, str, str]
+_records: OrderedDict[Kind, int] = OrderedDict()
 
 
-def record(choice: Choice, device_type: str, detail: str) -> None:
-    """Remember a call for `records`; the kind of call used longest ago makes room."""
-    key = (choice.op, choice.implementation.backend, device_type, detail, choice.reason)
+def record(choice: Choice, device_type: str, detail: str) -> Kind:
+    """Remember a call for `records`; the kind of call used longest ago makes room.
+
+    Returns
+    -------
+    tuple
+        What `count` takes for another call like it.
+    """
+    kind = choice.op, choice.implementation.backend, device_type, detail, choice.reason
+    count(kind)
+    return kind
+
+
+def count(kind: Kind) -> None:
+    """Remember another call of a kind."""
     with _lock:
-        _records[key] = _records.pop(key, 0) + 1
+        _records[kind] = _records.pop(kind, 0) + 1
         if len(_records) > MAX_RECORDS:
             _records.popitem(last=False)
 

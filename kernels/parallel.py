@@ -102,9 +102,11 @@ class Prepared:
     keeps: object = None
     """Owners of memory that the job points to, where nobody else keeps them."""
 
-    def run(self, **fields: int) -> None:
-        """Run a copy of the job with these fields."""
-        run(self.address, self.job.again(**fields), self.threads)
+    def run(self, **fields: int) -> Job:
+        """Run a copy of the job with these fields, and return it."""
+        job = self.job.again(**fields)
+        run(self.address, job, self.threads)
+        return job
 
 
 def _run_on_pool(call: Callable[[int], None], pointer: int, threads: int) -> None:

@@ -48,7 +48,6 @@ __all__ = [
     "add_product",
     "add_product_and_dot",
     "add_products",
-    "any_bits_outside",
     "biased",
     "copy_first",
     "filled",
@@ -332,34 +331,6 @@ def copy_first(typing_context: Any, target: Any, source: Any, count: Any) -> Any
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), generate
-
-
-@intrinsic
-def any_bits_outside(typing_context: Any, values: Any, mask: Any, vectors: Any) -> Any:
-    """Tell whether float32 numbers at ``values`` have any bit set where the mask's byte is 0.
-
-    Looks at ``vectors`` * `LANES` numbers and as many bytes at ``mask``; 1 if so, else 0.
-    """
-    vectors_ = vectors.literal_value
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        del context, signature
-        integers, octets = ir.VectorType(I32, LANES), ir.VectorType(I8, LANES)
-        none = ir.Constant(integers, [0] * LANES)
-        found = none
-        for i in range(vectors_):
-            bits = load(builder, builder.add(args[0], I64(i * VECTOR_BYTES)), integers)
-            place = pointer(builder, builder.add(args[1], I64(i * LANES)), octets)
-            keep = builder.load(place)
-            keep.align = 1
-            pruned = builder.icmp_unsigned("==", keep, ir.Constant(octets, [0] * LANES))
-            found = builder.or_(found, builder.select(pruned, bits, none))
-        kind = ir.FunctionType(I32, [integers])
-        name = f"llvm.vector.reduce.or.v{LANES}i32"
-        total = builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [found])
-        return builder.zext(builder.icmp_unsigned("!=", total, I32(0)), I64)
-
-    return types.int64(types.int64, types.int64, vectors), generate
 
 
 @intrinsic

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sparsekit import ops
+from sparsekit import choosing
 from sparsekit.errors import ArgumentError
 from sparsekit.kernels import dispatch
 from sparsekit.masks import PRUNABLE_TYPES, check_mask, masks_of
@@ -257,7 +257,7 @@ def _decide(
 ) -> "tuple[Decision, Decision] | None":
     """Predictions for a training step and for a forward pass; None if no kernel can run."""
     weight = layer.weight
-    if 0 in use.input_shape or not ops.fuses_on_cpu(weight, weight):
+    if 0 in use.input_shape or choosing.why_only_reference(weight, weight):
         return None
     # The cost model knows the kernels, and those load Numba.
     from sparsekit.kernels.masked_conv3d import selector

@@ -10,6 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from sparsekit import masks as _masks
 from sparsekit import ops, prune
 from sparsekit.arguments import Convolution, check_convolution
+from sparsekit.choosing import why_only_reference
 from sparsekit.types import Masks
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -122,7 +123,7 @@ def can_fuse(conv: nn.Module, x: Tensor) -> bool:
         x.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and may_fuse(conv)
-        and ops.fuses_on_cpu(x, cast(MaskedConv3d, conv).weight)
+        and not why_only_reference(x, cast(MaskedConv3d, conv).weight)
     )
 
 

@@ -1,19 +1,16 @@
 """The ops: arguments are checked once here, then an implementation is chosen and run."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from collections.abc import Mapping, Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from sparsekit.arguments import FLOAT_DTYPES, Convolution, check_convolution, check_voxel_mask
+from sparsekit import choosing
+from sparsekit.arguments import FLOAT_DTYPES, check_convolution, check_voxel_mask
 from sparsekit.errors import ArgumentError, ArgumentTypeError
 from sparsekit.explanation import Explanation, explain
-from sparsekit.kernels import dispatch
-
-if TYPE_CHECKING:
-    from sparsekit.kernels.masked_conv3d.cost import Op
-    from sparsekit.kernels.masked_conv3d.selector import Decision
+from sparsekit.kernels import calls, dispatch
 
 __all__ = [
     "PRECISIONS",
@@ -97,6 +94,16 @@ def masked_conv3d(
         raise ArgumentError(
             f"precision: expected one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}"
         )
+    kind = None
+    if voxel_mask is None:
+        settings = "masked_conv3d", stride, padding, dilation, groups, precision, backend
+        kind = calls.kind_of(x, weight, mask, bias, settings)
+        known = choosing.known(kind, mask, backend)
+        if known is not None:
+            same: Tensor = known.run(
+                x, weight, mask, bias, known.shape, voxel_mask=None, precision=precision
+            )
+            return same
     call = check_convolution(x, weight, mask, bias, stride, padding, dilation, groups)
     if precision != "auto" and x.dtype != torch.float32:
         raise ArgumentError(
@@ -104,54 +111,11 @@ def masked_conv3d(
         )
     if voxel_mask is not None:
         voxel_mask = check_voxel_mask(voxel_mask, call.x, call.out)
-    run = _choose_conv(call, weight, mask, bias, backend)
+    run = choosing.convolution(call, weight, mask, bias, backend, kind if call.x is x else None)
     y: Tensor = run(
         call.x, weight, mask, bias, call.shape, voxel_mask=voxel_mask, precision=precision
     )
     return y.squeeze(0) if x.ndim == 4 else y
-
-
-def _choose_conv(
-    call: Convolution, weight: Tensor, mask: Tensor, bias: Tensor | None, backend: str
-) -> Callable[..., Tensor]:
-    x = call.x
-    device_type = x.device.type
-    why = _why_only_reference(x, weight) if device_type == "cpu" else ""
-    compiling = torch.compiler.is_compiling()
-    decision = None
-    if backend == "auto" and device_type == "cpu" and not (why or compiling):
-        decision = _decide("masked_conv3d", call, weight, mask, bias)
-    # Meta tensors only carry shapes, which every backend gives alike.
-    choice = dispatch.resolve(
-        "masked_conv3d",
-        device_type,
-        "auto" if x.is_meta else backend,
-        reference_only=why,
-        decision=decision,
-    )
-    row = choice.implementation
-    if not (x.is_meta or compiling):
-        detail = f"{tuple(weight.shape)} {str(x.dtype).removeprefix('torch.')}"
-        dispatch.record(choice, device_type, detail)
-    elif compiling and backend == "auto" and row.backend == "cpu":
-        row = dispatch.CONV_CHOOSING
-    run: Callable[..., Tensor] = row.load()
-    return run
-
-
-def _decide(
-    op: "Op", call: Convolution, weight: Tensor, mask: Tensor, bias: Tensor | None
-) -> "Decision":
-    # The cost model knows the kernels, and those load Numba.
-    from sparsekit.kernels.masked_conv3d import selector
-
-    gradients = selector.gradients_of(call.x, weight, bias)
-    decision = selector.decide_for(
-        op, call.shape, call.x.shape[0], selector.density_of(mask), gradients
-    )
-    if decision.dense:
-        selector.take_no_plan()
-    return decision
 
 
 def conv_norm_pool_relu(
@@ -193,45 +157,21 @@ def conv_norm_pool_relu(
     BackendError
         The named backend cannot run here.
     """
+    settings = "conv_norm_pool_relu", stride, padding, dilation, groups, backend
+    kind = calls.kind_of(x, weight, mask, bias, settings)
+    known = choosing.known(kind, mask, backend)
+    if known is not None:
+        same: Tensor = known.run(x, weight, mask, bias, known.shape, eps=eps)
+        return same
     call = check_convolution(x, weight, mask, bias, stride, padding, dilation, groups)
     if x.ndim != 5 or min(call.out) < 2:
         raise ArgumentError(
             "x: expected (n, c_in, d, h, w) with at least 2 voxels of the convolution's output "
             f"along each axis, got shape {tuple(x.shape)} and output {call.out}"
         )
-    why = _why_only_reference(x, weight)
-    if not why and torch.compiler.is_compiling():
-        why = "torch.compile sees the single ops"
-    decision = None
-    if backend == "auto" and x.device.type == "cpu" and not why:
-        decision = _decide("conv_norm_pool_relu", call, weight, mask, bias)
-    choice = dispatch.resolve(
-        "conv_norm_pool_relu", x.device.type, backend, reference_only=why, decision=decision
-    )
-    if not (x.is_meta or torch.compiler.is_compiling()):
-        detail = f"{tuple(weight.shape)} {str(x.dtype).removeprefix('torch.')}"
-        dispatch.record(choice, x.device.type, detail)
-    y: Tensor = choice.implementation.load()(call.x, weight, mask, bias, call.shape, eps=eps)
+    run = choosing.block(call, weight, mask, bias, backend, kind if call.x is x else None)
+    y: Tensor = run(call.x, weight, mask, bias, call.shape, eps=eps)
     return y
-
-
-def fuses_on_cpu(x: Tensor, weight: Tensor) -> bool:
-    """Whether `conv_norm_pool_relu` has a fused kernel for these tensors."""
-    return not _why_only_reference(x, weight)
-
-
-def _why_only_reference(x: Tensor, weight: Tensor) -> str:
-    """Say why the CPU kernels of the convolution cannot take these tensors; empty if they can."""
-    if torch.is_autocast_enabled("cpu"):
-        return "torch.autocast is on, and the CPU kernels compute in float32 only"
-    if x.dtype != torch.float32 or weight.dtype != torch.float32:
-        return f"the CPU kernels are for float32, and x is {str(x.dtype).removeprefix('torch.')}"
-    if x.numel() == 0:
-        return "x is empty"
-    plain = dispatch.holds_values(x) and dispatch.holds_values(weight)
-    if not (torch.compiler.is_compiling() or plain):
-        return "the CPU kernels cannot see into traced tensors, torch.func or tensor subclasses"
-    return ""
 
 
 def norm_pool_relu(x: Tensor, *, eps: float = 1e-5, backend: str = "auto") -> Tensor:

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from sparsekit.kernels.conv_norm_pool_relu import run, single_channel
 from sparsekit.kernels.masked_conv3d.geometry import Shape
-from sparsekit.kernels.masked_conv3d.plan import PlanCache
+from sparsekit.kernels.masked_conv3d.plan_cache import PlanCache
 
 
 class _ConvNormPoolReLU(torch.autograd.Function):

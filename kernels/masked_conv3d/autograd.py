@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from sparsekit.kernels.kept_weights.cpu import select_kept
 from sparsekit.kernels.masked_conv3d import backward as backward_pass
 from sparsekit.kernels.masked_conv3d import packing, run, selector, voxels
 from sparsekit.kernels.masked_conv3d.cost import Gradients
@@ -146,9 +147,7 @@ def masked_conv3d_op(
     """
     shape = _shape(x, weight, stride, padding, dilation, groups)
     if _takes_dense(choose_for, shape, x, mask):
-        y = functional.conv3d(
-            x, torch.where(mask, weight, 0.0), bias, stride, padding, dilation, groups
-        )
+        y = functional.conv3d(x, select_kept(weight, mask), bias, stride, padding, dilation, groups)
         return (y if voxel_mask is None else torch.where(voxel_mask, y, 0.0)).contiguous()
     return _forward(x, weight, mask, bias, shape, voxel_mask)[0]
 
@@ -206,11 +205,11 @@ def _dense_backward(
     if voxel_mask is not None:
         grad = torch.where(voxel_mask, grad, 0.0)
     dx, dw, db = torch.ops.aten.convolution_backward(
-        grad, x, torch.where(mask, weight, 0.0), [len(weight)], stride, padding, dilation, False,
+        grad, x, select_kept(weight, mask), [len(weight)], stride, padding, dilation, False,
         [0, 0, 0], groups, [need_x, True, True],
     )  # fmt: skip
     dx = dx.contiguous() if need_x else x.new_empty(0)
-    return dx, torch.where(mask, dw, 0.0).contiguous(), db
+    return dx, select_kept(dw, mask), db
 
 
 @masked_conv3d_backward_op.register_fake

@@ -1,11 +1,12 @@
 """Masked 3D convolution by torch's dense convolution, for layers where nothing is faster."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsekit.kernels.masked_conv3d import reference
+from sparsekit.kernels.kept_weights.cpu import kept_weights
 from sparsekit.kernels.masked_conv3d.geometry import Shape
-from sparsekit.kernels.masked_conv3d.plan import PlanCache
+from sparsekit.kernels.masked_conv3d.plan_cache import PlanCache
 
 
 def masked_conv3d(
@@ -19,10 +20,7 @@ def masked_conv3d(
     precision: str,
 ) -> Tensor:
     """Do as the reference; a mask that keeps all weights costs nothing."""
-    if voxel_mask is None and PlanCache.of(mask).density == 1.0:
-        return functional.conv3d(
-            x, weight, bias, shape.stride, shape.padding, shape.dilation, shape.groups
-        )
-    return reference.masked_conv3d(
-        x, weight, mask, bias, shape, voxel_mask=voxel_mask, precision=precision
-    )
+    del precision  # torch computes in the dtype of `x`, float32
+    kept = weight if PlanCache.of(mask).density == 1.0 else kept_weights(weight, mask)
+    y = functional.conv3d(x, kept, bias, shape.stride, shape.padding, shape.dilation, shape.groups)
+    return y if voxel_mask is None else torch.where(voxel_mask, y, 0.0)

@@ -1,16 +1,12 @@
 """Lists of unpruned weights in the orders in which the CPU kernels walk them."""
 
-import ctypes
-import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparsekit.errors import BackendError
 from sparsekit.kernels import parallel
@@ -188,77 +184,3 @@ def build(mask: Tensor, geometry: Geometry, forward_block: int, backward_block: 
         WeightList(f_rows // shape.c_out, shape.c_out, f_starts, lists[0], lists[1]),
         WeightList(b_rows // rows, rows, b_starts, lists[2], lists[3]),
     )
-
-
-class PlanCache:
-    """Plans of one mask tensor in its present state.
-
-    They belong to the very tensor: a copy or a pickle of it starts without plans. Every call
-    compares the mask with a copy of it: torch's count of changes misses those through numpy,
-    ``mask.data`` and DistributedDataParallel's broadcasts, and inference mode does not count.
-    """
-
-    MOST = 4
-
-    def __init__(self, mask: Tensor) -> None:
-        self.mask = mask.detach().clone(memory_format=torch.contiguous_format)
-        """As it was when the cache was made, contiguous."""
-        self.density = np.count_nonzero(self.mask.numpy()) / max(1, mask.numel())
-        self.plans: dict[Any, Any] = {}
-
-    def is_of(self, mask: Tensor) -> bool:
-        """Whether the plans are those of the tensor as it is now."""
-        if not mask.is_contiguous():
-            return torch.equal(self.mask, mask)
-        # Some 15 times faster than torch.equal, which compares byte by byte.
-        return not int(_memcmp(self.mask.data_ptr(), mask.data_ptr(), mask.numel()))
-
-    @classmethod
-    def of(cls, mask: Tensor) -> "PlanCache":
-        """Return the cache of a mask, a new one if the mask has changed."""
-        compared = _thread.__dict__.pop("compared", None)
-        if compared is not None and compared[0] is mask:
-            last: PlanCache = compared[1]
-            return last
-        found: PlanCache | None = _caches.get(mask)
-        if found is None or not found.is_of(mask):
-            _caches[mask] = found = cls(mask)
-        return found
-
-    @classmethod
-    def compare(cls, mask: Tensor) -> "PlanCache":
-        """Do as `of`, and spare this thread's next `of` for the same mask the comparison.
-
-        For the first of two looks within one call, between which nothing else can run. Whoever
-        takes no second look calls `forget`.
-        """
-        cls.forget()
-        found = cls.of(mask)
-        _thread.compared = mask, found
-        return found
-
-    @staticmethod
-    def forget() -> None:
-        """Let the next `of` compare again."""
-        _thread.__dict__.pop("compared", None)
-
-    def get(self, key: Any, make: Any) -> Any:
-        """Return the plan with this key, made if there is none; the oldest makes room."""
-        plan = self.plans.get(key)
-        if plan is None:
-            plan = make()
-            # Other threads may do the same meanwhile.
-            for old in list(self.plans)[: len(self.plans) + 1 - self.MOST]:
-                self.plans.pop(old, None)
-            self.plans[key] = plan
-        return plan
-
-
-_memcmp = ctypes.CDLL(None).memcmp
-_memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-_memcmp.restype = ctypes.c_int
-
-_thread = threading.local()
-
-# Beside the tensors, not on them: what stands on a tensor goes into its pickle.
-_caches: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

@@ -16,7 +16,8 @@ from sparsekit.kernels.masked_conv3d.geometry import (
     block_channels,
     geometry,
 )
-from sparsekit.kernels.masked_conv3d.plan import Plan, PlanCache, build
+from sparsekit.kernels.masked_conv3d.plan import Plan, build
+from sparsekit.kernels.masked_conv3d.plan_cache import PlanCache
 from sparsekit.kernels.masked_conv3d.rows import row_table
 from sparsekit.kernels.parallel import Prepared
 from sparsekit.kernels.vector import LANES, REGISTERS, VECTOR_BYTES

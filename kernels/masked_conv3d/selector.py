@@ -12,10 +12,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from sparsekit.kernels import calls
 from sparsekit.kernels.masked_conv3d import cost
 from sparsekit.kernels.masked_conv3d.cost import Call, Gradients, Op
 from sparsekit.kernels.masked_conv3d.geometry import BLOCK_GRADIENT_BYTES, Shape, geometry
-from sparsekit.kernels.masked_conv3d.plan import PlanCache
+from sparsekit.kernels.masked_conv3d.plan_cache import PlanCache
 from sparsekit.kernels.vector import LANES, REGISTERS
 
 _PASSES: dict[Gradients, str] = {
@@ -90,6 +91,7 @@ def forget() -> None:
     """Decide anew, after the coefficients have changed."""
     for cached in _CACHED:
         cached.cache_clear()
+    calls.forget()
 
 
 def density_of(mask: Tensor) -> float:

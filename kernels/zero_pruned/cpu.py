@@ -8,9 +8,10 @@ from torch import Tensor
 
 from sparsekit.kernels import parallel
 from sparsekit.kernels.compiled import kernel
+from sparsekit.kernels.mask_vectors import any_bits_outside
 from sparsekit.kernels.memory import load_byte, store_float
 from sparsekit.kernels.record import record
-from sparsekit.kernels.vector import LANES, any_bits_outside
+from sparsekit.kernels.vector import LANES
 
 # Vectors that are looked at before anything is written.
 _VECTORS = 4

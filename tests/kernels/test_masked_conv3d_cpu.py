@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsekit.kernels.masked_conv3d import geometry, packing, run
-from sparsekit.kernels.masked_conv3d.plan import PlanCache
+from sparsekit.kernels.masked_conv3d.plan_cache import PlanCache
 from sparsekit.kernels.vector import LANES
 from sparsekit.ops import explain, masked_conv3d
 from tests.kernels.convolutions import (

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from sparsekit import masked_conv3d, prune, sparsify
 from sparsekit.kernels.masked_conv3d import plan as plans
-from sparsekit.kernels.masked_conv3d.plan import PlanCache
+from sparsekit.kernels.masked_conv3d import plan_cache
+from sparsekit.kernels.masked_conv3d.plan_cache import PlanCache
 from sparsekit.masks import masks_of
 from sparsekit.nn import MaskedConv3d
 from sparsekit.ops import conv_norm_pool_relu
@@ -162,12 +163,12 @@ def test_a_mask_changed_before_the_backward_pass_is_refused() -> None:
 def test_plans_go_with_their_mask() -> None:
     mask, weight = some_mask(4, 2, 3, 3, 3), make(4, 2, 3, 3, 3)
     gc.collect()
-    before = len(plans._caches)
+    before = len(plan_cache._caches)
     masked_conv3d(make(1, 2, 5, 5, 5), weight, mask, backend="cpu")
-    assert len(plans._caches) == before + 1
+    assert len(plan_cache._caches) == before + 1
     del mask
     gc.collect()
-    assert len(plans._caches) == before
+    assert len(plan_cache._caches) == before
 
 
 def test_two_masks_at_one_address_are_two() -> None:

@@ -1,0 +1,126 @@
+"""Which implementation a checked convolution takes, and the choices that were made before."""
+
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sparsekit.arguments import Convolution
+from sparsekit.kernels import calls, dispatch
+from sparsekit.kernels.calls import Known
+from sparsekit.kernels.dispatch import Choice
+
+if TYPE_CHECKING:
+    from sparsekit.kernels.masked_conv3d.cost import Op
+    from sparsekit.kernels.masked_conv3d.selector import Decision
+
+
+def known(kind: Hashable | None, mask: Tensor, backend: str) -> Known | None:
+    """What an earlier call like this one did, which is counted as another; None if none was."""
+    if kind is None:
+        return None
+    found = calls.find(kind, lambda: _density(mask, backend))
+    if found is not None:
+        dispatch.count(found.record)
+    return found
+
+
+def convolution(
+    call: Convolution,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    backend: str,
+    kind: Hashable | None,
+) -> Callable[..., Any]:
+    """Choose for `masked_conv3d`; `kind` is what `known` will be asked for."""
+    x = call.x
+    why = why_only_reference(x, weight) if x.device.type == "cpu" else ""
+    compiling = torch.compiler.is_compiling()
+    decision = None
+    if backend == "auto" and x.device.type == "cpu" and not (why or compiling):
+        decision = _decide("masked_conv3d", call, weight, mask, bias)
+    # Meta tensors only carry shapes, which every backend gives alike.
+    choice = dispatch.resolve(
+        "masked_conv3d",
+        x.device.type,
+        "auto" if x.is_meta else backend,
+        reference_only=why,
+        decision=decision,
+    )
+    if compiling and backend == "auto" and choice.implementation.backend == "cpu":
+        chosen: Callable[..., Any] = dispatch.CONV_CHOOSING.load()
+        return chosen
+    return _record(choice, call, weight, mask, backend, kind)
+
+
+def block(
+    call: Convolution,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    backend: str,
+    kind: Hashable | None,
+) -> Callable[..., Any]:
+    """Choose for `conv_norm_pool_relu`; `kind` is what `known` will be asked for."""
+    x = call.x
+    why = why_only_reference(x, weight)
+    if not why and torch.compiler.is_compiling():
+        why = "torch.compile sees the single ops"
+    decision = None
+    if backend == "auto" and x.device.type == "cpu" and not why:
+        decision = _decide("conv_norm_pool_relu", call, weight, mask, bias)
+    choice = dispatch.resolve(
+        "conv_norm_pool_relu", x.device.type, backend, reference_only=why, decision=decision
+    )
+    return _record(choice, call, weight, mask, backend, kind)
+
+
+def why_only_reference(x: Tensor, weight: Tensor) -> str:
+    """Say why the CPU kernels of the convolution cannot take these tensors; empty if they can."""
+    if torch.is_autocast_enabled("cpu"):
+        return "torch.autocast is on, and the CPU kernels compute in float32 only"
+    if x.dtype != torch.float32 or weight.dtype != torch.float32:
+        return f"the CPU kernels are for float32, and x is {str(x.dtype).removeprefix('torch.')}"
+    if x.numel() == 0:
+        return "x is empty"
+    plain = dispatch.holds_values(x) and dispatch.holds_values(weight)
+    if not (torch.compiler.is_compiling() or plain):
+        return "the CPU kernels cannot see into traced tensors, torch.func or tensor subclasses"
+    return ""
+
+
+def _decide(
+    op: "Op", call: Convolution, weight: Tensor, mask: Tensor, bias: Tensor | None
+) -> "Decision":
+    # The cost model knows the kernels, and those load Numba.
+    from sparsekit.kernels.masked_conv3d import selector
+
+    gradients = selector.gradients_of(call.x, weight, bias)
+    return selector.decide_for(
+        op, call.shape, call.x.shape[0], selector.density_of(mask), gradients
+    )
+
+
+def _density(mask: Tensor, backend: str) -> float | None:
+    """Density on which the choice depends."""
+    if backend != "auto":
+        return None
+    from sparsekit.kernels.masked_conv3d import selector
+
+    return selector.density_of(mask)
+
+
+def _record(
+    choice: Choice, call: Convolution, weight: Tensor, mask: Tensor, backend: str,
+    kind: Hashable | None,
+) -> Callable[..., Any]:  # fmt: skip
+    run: Callable[..., Any] = choice.implementation.load()
+    x = call.x
+    if not (x.is_meta or torch.compiler.is_compiling()):
+        detail = f"{tuple(weight.shape)} {str(x.dtype).removeprefix('torch.')}"
+        record = dispatch.record(choice, x.device.type, detail)
+        if kind is not None and choice.implementation.backend in ("cpu", "dense"):
+            calls.keep(kind, _density(mask, backend), Known(run, call.shape, record))
+    return run
