@@ -45,7 +45,8 @@ class Pooled:
     y: Tensor
     """(n, c, d // 2, h // 2, w // 2)."""
     winner: Tensor
-    """Which voxel of each window was the largest, 0 to 7 in C order; uint8, and a vector more."""
+    """Which voxel of each window was the largest, 0 to 7 in C order; uint8, and a vector or more
+    behind them."""
     statistics: Tensor
     """Mean as a sum of two numbers, and 1 / spread; (n * c, 3)."""
 
@@ -61,7 +62,7 @@ def forward(x: Tensor, planes: Planes, samples: int, channels: int, eps: float) 
     d, h, w = planes.size
     y = buffers.empty((samples, channels, d // 2, h // 2, w // 2))
     # Readers of the last window take a whole vector.
-    winner = torch.empty(y.numel() + LANES, dtype=torch.uint8, device="cpu")
+    winner = buffers.empty((-(-(y.numel() + LANES) // 4),)).view(torch.uint8)
     statistics = buffers.empty((samples * channels, 3))
     scratch = buffers.empty((samples * channels * 2 * LANES,))
     kernel = forward_kernel(eps)

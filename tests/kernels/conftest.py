@@ -82,4 +82,11 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
     # Buffers that are used again hold what an earlier call left there.
-    monkeypatch.setattr(buffers, "_take", poison(buffers._take))
+    take = buffers._take
+
+    def poisoned_take(count: int) -> Any:
+        slab, begin, end = take(count)
+        slab.numbers[begin:end] = np.nan
+        return slab, begin, end
+
+    monkeypatch.setattr(buffers, "_take", poisoned_take)
