@@ -5,6 +5,7 @@ import math
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,40 @@ def topk_mask(
     return [mask.to(tensor.device) for mask, tensor in zip(masks, tensors, strict=True)]
 
 
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """How tensors of certain sizes are cut into parts; no part is of two tensors."""
+
+    tensor: npt.NDArray[np.int64]
+    """Number of each part's tensor."""
+    lengths: Table
+    begins: Table
+    """First entry of each part in its tensor."""
+    clusters: Table
+    """Clusters of the sample up to and including each part's."""
+
+    @property
+    def count(self) -> int:
+        """Number of parts."""
+        return self.tensor.size
+
+
+@lru_cache(maxsize=16)
+def _cut(sizes: tuple[int, ...]) -> _Parts:
+    counts = np.array([-(-size // passes.PART) for size in sizes], np.int64)
+    tensor = np.repeat(np.arange(len(sizes)), counts)
+    first = np.cumsum(counts) - counts
+    begins = (np.arange(tensor.size) - first[tensor]).astype(np.uint64) * np.uint64(passes.PART)
+    left = np.array(sizes, np.uint64)[tensor] - begins
+    lengths = np.minimum(left, np.uint64(passes.PART))
+    entries = max(1, sum(sizes))
+    clusters = _SAMPLE_FACTOR * entries ** (2 / 3) / passes.SAMPLED
+    ends = np.rint(np.cumsum(lengths) * (clusters / entries))
+    of_part = np.diff(ends, prepend=0.0).astype(np.uint64)
+    of_part[lengths < passes.SAMPLED] = 0
+    return _Parts(tensor, lengths, begins, np.cumsum(of_part))
+
+
 class _Selection:
     """One call: the tables of its parts and the memory of its candidates."""
 
@@ -73,26 +108,20 @@ class _Selection:
         masks: Sequence[Tensor],
         names: Sequence[str],
     ) -> None:
-        sizes = np.array([v.numel() for v in values], np.uint64)
-        part = np.uint64(passes.PART)
-        counts = -(-sizes.astype(np.int64) // passes.PART)
-        self.entries = int(sizes.sum())
+        sizes = tuple(v.numel() for v in values)
+        self.entries = sum(sizes)
         self.names = names
-        self.tensor = np.repeat(np.arange(sizes.size), counts)
-        first = np.cumsum(counts) - counts
-        index = np.arange(self.tensor.size, dtype=np.uint64)
-        begins = (index - first.astype(np.uint64)[self.tensor]) * part
-        self.lengths: Table = np.minimum(sizes[self.tensor] - begins, part)
-        self.values = _addresses(values)[self.tensor] + begins * np.uint64(4)
-        self.masks = _addresses(masks)[self.tensor] + begins
-        self.within: Table = np.zeros(index.size, np.uint64)
+        self.parts = parts = _cut(sizes)
+        self.values = _addresses(values)[parts.tensor] + parts.begins * np.uint64(4)
+        self.masks = _addresses(masks)[parts.tensor] + parts.begins
+        self.within: Table = np.zeros(parts.count, np.uint64)
         if allowed is not None:
-            self.within = _addresses(allowed)[self.tensor] + begins
+            self.within = _addresses(allowed)[parts.tensor] + parts.begins
         # Bits wait in the first eighth of the mask that they become, if they fit.
-        self.short: Table = np.empty(index.size, np.uint64)
-        short = np.uint64(self.short.ctypes.data) + index * np.uint64(8)
-        self.words = np.where(self.lengths >= LANES, self.masks, short)
-        self.above, self.inside, self.nan, self.starts = np.zeros((4, index.size), np.uint64)
+        self.short: Table = np.empty(parts.count, np.uint64)
+        short = self.short.ctypes.data + 8 * np.arange(parts.count, dtype=np.uint64)
+        self.words = np.where(parts.lengths >= LANES, self.masks, short)
+        self.above, self.inside, self.nan, self.starts = np.zeros((4, parts.count), np.uint64)
         self.cursor: Table = np.zeros(1, np.uint64)
         self.capacity = max(_FEW_ENTRIES, self.entries // 16)
         self.keys = np.empty(self.capacity, np.uint32)
@@ -144,7 +173,7 @@ class _Selection:
             positions=self.positions,
         )
         if self.nan.any():
-            name = self.names[int(self.tensor[np.argmax(self.nan != 0)])]
+            name = self.names[int(self.parts.tensor[np.argmax(self.nan != 0)])]
             raise ArgumentError(
                 f"tensors: {name} holds NaN, which has no magnitude; "
                 "find the step that made it before pruning"
@@ -172,34 +201,36 @@ class _Selection:
         )
 
     def _quotas_of_stored(self, is_tie: npt.NDArray[np.bool_], wanted: int) -> Table:
-        if np.count_nonzero(is_tie) == wanted:
+        ties = np.flatnonzero(is_tie)
+        if ties.size == wanted:
             # The usual case: all are kept, and nobody needs to count them by part.
             return self.inside
-        counts = np.concatenate([np.zeros(1, np.uint64), np.cumsum(is_tie, dtype=np.uint64)])
-        return _first_come(counts[self.starts + self.inside] - counts[self.starts], wanted)
+        # Threads stored their parts' candidates in any order. Of parts that start at one place, all
+        # but the last have none.
+        order = np.lexsort((self.inside, self.starts))
+        owners = order[np.searchsorted(self.starts[order], ties, side="right") - 1]
+        counts = np.bincount(owners, minlength=self.parts.count).astype(np.uint64)
+        return _first_come(counts, wanted)
 
     def _sample(self) -> npt.NDArray[np.int32]:
         """Keys of clusters spread evenly over all entries, (clusters, 16)."""
-        clusters = _SAMPLE_FACTOR * self.entries ** (2 / 3) / passes.SAMPLED
-        ends = np.rint(np.cumsum(self.lengths) * (clusters / self.entries))
-        counts = np.diff(ends, prepend=0.0).astype(np.uint64)
-        counts[self.lengths < passes.SAMPLED] = 0
-        found = np.empty((int(counts.sum()), passes.SAMPLED), np.int32)
-        self._call(passes.sample, ends=np.cumsum(counts), sample=found)
+        ends = self.parts.clusters
+        found = np.empty((int(ends[-1]), passes.SAMPLED), np.int32)
+        self._call(passes.sample, ends=ends, sample=found)
         return found
 
     def _call(self, kernel: Kernel, **fields: int | npt.NDArray[Any]) -> None:
         tables = {
             "values": self.values,
             "within": self.within,
-            "lengths": self.lengths,
+            "lengths": self.parts.lengths,
             "words": self.words,
         }
         numbers = {
-            name: field.__array_interface__["data"][0] if isinstance(field, np.ndarray) else field
+            name: field.ctypes.data if isinstance(field, np.ndarray) else field
             for name, field in (tables | fields).items()
         }
-        job = kernel.job(parts=self.lengths.size, **numbers)
+        job = kernel.job(parts=self.parts.count, **numbers)
         parallel.run(kernel.address, job, self.threads)
 
 
@@ -249,7 +280,10 @@ def _bracket(
     # be off: neighbours are often alike, so that the sample is worth less than its size.
     larger = (sampled > guess) & (sampled <= known.highest)
     per_cluster = larger.astype(np.float32) @ np.ones(passes.SAMPLED, np.float32)
-    spread = _DEVIATIONS * math.sqrt(per_cluster.size * float(per_cluster.var())) + 2
+    # Small whole numbers, so that neither sum is rounded.
+    mean = float(per_cluster.sum()) / per_cluster.size
+    variance = max(0.0, float(per_cluster @ per_cluster) / per_cluster.size - mean * mean)
+    spread = _DEVIATIONS * math.sqrt(per_cluster.size * variance) + 2
     lowest = _largest(keys, int(rank + spread), known)
     highest = _largest(keys, math.floor(rank - spread), known)
     share = np.count_nonzero((keys >= lowest) & (keys <= highest)) / keys.size
