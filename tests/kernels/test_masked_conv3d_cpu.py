@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsekit.kernels.masked_conv3d import geometry, packing, run
+from sparsekit.kernels.masked_conv3d.plan import WeightList, build
 from sparsekit.kernels.masked_conv3d.plan_cache import PlanCache
-from sparsekit.kernels.vector import LANES
+from sparsekit.kernels.vector import LANES, REGISTERS
 from sparsekit.ops import explain, masked_conv3d
 from tests.kernels.convolutions import (
     CASES,
@@ -176,11 +177,11 @@ def test_the_modes_are_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = run.shape_of(leaves[0], leaves[1], ONES, ONES, ONES, 1)
     assert run.plan_of(mask.clone(), shape).forward.blocks == 1
     set_mode(monkeypatch, "one-channel-blocks")
-    plan = run.plan_of(mask.clone(), shape)
-    assert (plan.forward.blocks, plan.backward.blocks) == (7, 8)
+    made = run.plan_of(mask.clone(), shape)
+    assert (made.forward.blocks, made.backward.blocks) == (7, 8)
     set_mode(monkeypatch, "blocks-of-3")
-    plan = run.plan_of(mask.clone(), shape)
-    assert (plan.forward.blocks, plan.backward.blocks) == (3, 3)
+    made = run.plan_of(mask.clone(), shape)
+    assert (made.forward.blocks, made.backward.blocks) == (3, 3)
 
 
 @pytest.mark.parametrize("kind", ["shared", "sparse", "per-scan", "one-voxel", "full", "empty"])
@@ -349,23 +350,52 @@ def test_plans_of_several_geometries_share_a_mask() -> None:
         assert len(PlanCache.of(mask).plans) <= PlanCache.MOST
 
 
-def test_lists_hold_each_unpruned_weight_once() -> None:
-    for param in [*CASES, *MORE_CASES]:
+@pytest.mark.parametrize("density", DENSITIES)
+def test_lists_hold_each_unpruned_weight_once_and_in_order(density: str) -> None:
+    many_taps = pytest.param(Case(2, 3, 4, (9, 9, 9), (5, 5, 4)))
+    for param in [*CASES, *MORE_CASES, many_taps]:
         case = param.values[0]
         assert isinstance(case, Case)
         if case.batch == 0:
             continue
-        leaves, mask, _ = operands(case, "half")
+        leaves, mask, _ = operands(case, density)
         shape = run.shape_of(
             leaves[0], leaves[1], case.stride, case.padding, case.dilation, case.groups
         )
-        plan = run.plan_of(mask, shape)
-        wanted = np.flatnonzero(mask.numpy())
-        for entries in (plan.forward, plan.backward):
-            assert np.array_equal(np.sort(entries.index), wanted)
-            assert int(entries.starts[-1]) == len(wanted)
-            for parts in (1, 2, 3):
-                edges = entries.edges(parts)
-                assert edges[0] == 0
-                assert edges[-1] == entries.rows
-                assert bool((np.diff(edges) >= 0).all())
+        layout = geometry.geometry(shape, LANES, REGISTERS)
+        for forward_block, backward_block in ((1, 1), (2, 3), (100, 100)):
+            made = build(mask, layout, forward_block, backward_block)
+            o, c, tap = np.nonzero(mask.flatten(2).numpy())
+            position = np.flatnonzero(mask.numpy())
+            channel = o // (shape.c_out // shape.groups) * mask.shape[1] + c
+            row = np.array(layout.tap_classes, np.int64)[tap] * shape.c_in + channel
+            rows = layout.source.channels
+            check_list(
+                made.forward, position, c // forward_block * shape.c_out + o,
+                row * layout.source.channel + np.array(layout.source_taps, np.int64)[tap],
+            )  # fmt: skip
+            check_list(
+                made.backward, position, o // backward_block * rows + row,
+                o * layout.gradient.channel + np.array(layout.gradient_taps, np.int64)[tap],
+            )  # fmt: skip
+            assert (made.forward.rows, made.backward.rows) == (shape.c_out, rows)
+
+
+def check_list(
+    entries: WeightList,
+    position: np.ndarray,
+    row: np.ndarray,
+    offset: np.ndarray,
+) -> None:
+    """Entries are sorted by row, and in a row by their place in the weight."""
+    order = np.argsort(row, kind="stable")
+    assert np.array_equal(entries.index, position[order])
+    assert np.array_equal(entries.offsets, offset[order])
+    counts = np.bincount(row, minlength=entries.blocks * entries.rows)
+    assert np.array_equal(np.diff(entries.starts), counts)
+    assert entries.starts[0] == 0
+    for parts in (1, 2, 3):
+        edges = entries.edges(parts)
+        assert edges[0] == 0
+        assert edges[-1] == entries.rows
+        assert bool((np.diff(edges) >= 0).all())
