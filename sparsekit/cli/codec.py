@@ -45,7 +45,10 @@ def encode_command(
     source: Annotated[Path, typer.Argument(metavar="IN", help="State (.pt, .pth or .npz).")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Payload to write.")],
     base: Base = None,
-    mask_encoding: Annotated[str, typer.Option(help="auto | dense | bitmap | csr | same")] = "auto",
+    mask_encoding: Annotated[
+        str, typer.Option(help="auto | dense | bitmap | rice | csr | same")
+    ] = "auto",
+    level: Annotated[str, typer.Option(help="fast | balanced | small")] = "balanced",
     round_: Annotated[int, typer.Option("--round", help="Number to put in the header.")] = 0,
     force: Force = False,
 ) -> None:
@@ -54,7 +57,8 @@ def encode_command(
     payload = codec.encode(
         load_state(source),
         base=None if base is None else load_state(base),
-        mask_encoding=mask_encoding,  # type: ignore[arg-type]  # encode checks it
+        mask_encoding=mask_encoding,  # type: ignore[arg-type]  # encode checks both
+        level=level,  # type: ignore[arg-type]
         round=round_,
     )
     _write_whole(target, lambda file: file.write(payload), force)

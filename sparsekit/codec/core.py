@@ -9,25 +9,30 @@ from typing import Literal, TypeAlias
 import numpy as np
 import xxhash
 
-from sparsekit.codec import sections
-from sparsekit.codec.sections import Bools, Elements, Positions
-from sparsekit.codec.wire import (
+from sparsekit.codec import positions as kept
+from sparsekit.codec import rice, sections
+from sparsekit.codec.positions import CHUNK, Bools, Positions
+from sparsekit.codec.records import (
     BOOL,
+    MaskCode,
+    Record,
+    ValueCode,
+    mask_bytes,
+    parameter_bytes,
+    value_bytes,
+)
+from sparsekit.codec.sections import Elements
+from sparsekit.codec.wire import (
     MAX_EXTENT,
     MAX_HEADER_BYTES,
     MAX_RECORDS,
     NO_BASE,
     Header,
-    MaskCode,
     Placed,
-    Record,
-    ValueCode,
-    mask_bytes,
     pack_header,
     padded,
     quote,
     section_checksum,
-    value_bytes,
 )
 from sparsekit.errors import (
     ArgumentError,
@@ -36,14 +41,19 @@ from sparsekit.errors import (
     FormatError,
 )
 
-MaskEncoding: TypeAlias = Literal["auto", "dense", "bitmap", "csr", "same"]
+Level: TypeAlias = Literal["fast", "balanced", "small"]
+MaskEncoding: TypeAlias = Literal["auto", "dense", "bitmap", "rice", "csr", "same"]
 
 _FORCED = {
     "dense": MaskCode.DENSE,
     "bitmap": MaskCode.BITMAP,
+    "rice": MaskCode.RICE,
     "csr": MaskCode.CSR,
     "same": MaskCode.SAME,
 }
+
+# Codes whose size follows from the counts, whatever stands beside what.
+_COUNTED = (MaskCode.BITMAP, MaskCode.RICE, MaskCode.CSR)
 
 
 def encode_elements(
@@ -51,6 +61,7 @@ def encode_elements(
     masks: Mapping[str, Bools] | None,
     base: Mapping[str, Elements] | None,
     mask_encoding: MaskEncoding,
+    level: Level,
     round: int,
 ) -> bytes:
     """Build a payload; names and arguments were checked by the caller.
@@ -70,7 +81,7 @@ def encode_elements(
         forced = given is not None if masks is not None else len(elements.shape) >= 2
         encoding = mask_encoding if forced else "auto"
         record, mask, values = _encode_one(
-            name, elements, given, None if base is None else base.get(name), encoding
+            name, elements, given, None if base is None else base.get(name), encoding, level
         )
         records.append(record)
         for section in (mask, values):
@@ -92,6 +103,7 @@ def _encode_one(
     given: Bools | None,
     base: Elements | None,
     encoding: MaskEncoding,
+    level: Level,
 ) -> tuple[Record, memoryview, memoryview]:
     dtype, shape, bits = elements.dtype, elements.shape, elements.bits
     if any(extent > MAX_EXTENT for extent in shape):
@@ -106,15 +118,23 @@ def _encode_one(
             )
         keep = given
     k = int(np.count_nonzero(keep))
-    code = _choose(name, elements, keep, k, given is not None, base, encoding)
+    code = _choose(name, elements, keep, k, given is not None, base, encoding, level)
     if code is MaskCode.DENSE:
         k = bits.size
     else:
         bits = sections.compact(bits, keep, k)
-    mask = sections.pack_mask(code, keep, shape)
-    values = sections.pack_values(sections.canonical(bits, dtype), dtype)
-    checksum = section_checksum(mask, values)
-    record = Record(name, dtype, shape, code, ValueCode.RAW, k, len(mask), len(values), checksum)
+    mask_parameters, mask = sections.pack_mask(code, keep, k, shape)
+    if encoding == "auto" and level != "fast" and code in _COUNTED:
+        frame = sections.pack_frame(keep, k)
+        if frame is not None and len(frame) < len(mask_parameters) + len(mask):
+            code, mask_parameters, mask = MaskCode.BITMAP_ZSTD, b"", frame
+    value_code, value_parameters, values = sections.pack_values(
+        sections.canonical(bits, dtype), dtype, level != "fast"
+    )
+    record = Record(
+        name, dtype, shape, code, value_code, k, len(mask), len(values),
+        section_checksum(mask, values), mask_parameters + value_parameters,
+    )  # fmt: skip
     return record, mask, values
 
 
@@ -126,6 +146,7 @@ def _choose(
     given: bool,
     base: Elements | None,
     encoding: MaskEncoding,
+    level: Level,
 ) -> MaskCode:
     """Pick the mask code with the fewest bytes, known in closed form from the counts."""
     n = elements.bits.size
@@ -141,9 +162,13 @@ def _choose(
     if k == 0:
         return MaskCode.ALL_ZERO
     totals = {}
-    for code in (MaskCode.BITMAP, MaskCode.CSR):
+    codes = [MaskCode.BITMAP, MaskCode.CSR]
+    if level != "fast" or encoding == "rice":
+        codes.append(MaskCode.RICE)
+    for code in codes:
         size = mask_bytes(code, elements.shape, k)
         if size is not None:
+            size += parameter_bytes(code, ValueCode.RAW)
             totals[code] = size + value_bytes(elements.dtype, k)
     if not given:
         totals[MaskCode.DENSE] = value_bytes(elements.dtype, n)
@@ -174,8 +199,8 @@ def digest_elements(state: Mapping[str, Elements]) -> bytes:
     for raw, elements in sorted((name.encode(), elements) for name, elements in state.items()):
         head = [len(raw), elements.dtype.code, len(elements.shape), *elements.shape]
         hasher.update(np.array(head, "<u8").tobytes() + raw)
-        for start in range(0, elements.bits.size, sections.CHUNK):
-            chunk = elements.bits[start : start + sections.CHUNK]
+        for start in range(0, elements.bits.size, CHUNK):
+            chunk = elements.bits[start : start + CHUNK]
             kept = sections.canonical(chunk, elements.dtype)
             hasher.update(kept.astype(sections.unsigned(elements.dtype), copy=False).data)
     return hasher.digest()
@@ -210,11 +235,13 @@ def decode_record(payload: memoryview, placed: Placed, base: Mapping[str, Elemen
     record = placed.record
     assert record.dtype is not None
     value_section = payload[placed.value_at : placed.value_at + record.value_len]
+    raw = record.value_code == ValueCode.RAW
     try:
-        if record.mask_code == MaskCode.DENSE:
+        if raw and record.mask_code == MaskCode.DENSE:
             bits = sections.read_values(value_section, record.dtype, record.k)
         elif (
-            record.mask_code == MaskCode.BITMAP
+            raw
+            and record.mask_code == MaskCode.BITMAP
             and record.dtype is not BOOL
             and sections.kernels_pay_off(record.n)
         ):
@@ -222,9 +249,15 @@ def decode_record(payload: memoryview, placed: Placed, base: Mapping[str, Elemen
             bits = sections.expand_bitmap(
                 mask_section, value_section, record.dtype, record.n, record.k
             )
+        elif record.mask_code == MaskCode.DENSE:
+            bits = np.empty(record.n, sections.unsigned(record.dtype))
+            read = sections.value_reader(value_section, record, record.dtype)
+            for start in range(0, record.n, CHUNK):
+                stop = min(start + CHUNK, record.n)
+                bits[start:stop] = read(start, stop)
         else:
             bits = np.zeros(record.n, sections.unsigned(record.dtype))
-            read = sections.value_reader(value_section, record.dtype, record.k)
+            read = sections.value_reader(value_section, record, record.dtype)
             for start, positions, done in _counted_positions(payload, placed, base):
                 bits[start:][positions] = read(done, done + positions.size)
     except FormatError as error:
@@ -279,9 +312,13 @@ def _positions(
     section = payload[placed.mask_at : placed.mask_at + record.mask_len]
     match MaskCode(record.mask_code):
         case MaskCode.BITMAP:
-            return sections.bitmap_positions(section, record.n)
+            return kept.bitmap_positions(section, record.n)
+        case MaskCode.BITMAP_ZSTD:
+            return kept.framed_positions(section, record.n)
+        case MaskCode.RICE:
+            return rice.positions(section, record.rice, record.n, record.k)
         case MaskCode.CSR:
-            return sections.csr_positions(section, record.shape, record.k)
+            return kept.csr_positions(section, record.shape, record.k)
         case MaskCode.SAME:
             held = base.get(record.name)
             if held is None or held.shape != record.shape:

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+from sparsekit.codec.records import MaskCode, ValueCode
 from sparsekit.codec.tensors import Buffer, as_bytes_view
-from sparsekit.codec.wire import NO_BASE, MaskCode, Placed, ValueCode, parse
+from sparsekit.codec.wire import NO_BASE, Placed, parse
 
 
 @dataclass(frozen=True)

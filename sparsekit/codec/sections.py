@@ -12,19 +12,33 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from sparsekit.codec.wire import BOOL, DType, MaskCode, csr_grid, csr_width
+from sparsekit.codec import frames, rice, split
+from sparsekit.codec.codes import choose_rice
+from sparsekit.codec.positions import (
+    CHUNK,
+    Bools,
+    Positions,
+    check_tail,
+    flat_positions,
+    positions_in,
+)
+from sparsekit.codec.records import BOOL, DType, MaskCode, Record, ValueCode, csr_grid, csr_width
 from sparsekit.errors import FormatError
 
 Bits: TypeAlias = npt.NDArray[np.unsignedinteger]
-Bools: TypeAlias = npt.NDArray[np.bool_]
-Positions: TypeAlias = npt.NDArray[np.intp]
-
-# Masks are unpacked this many elements at a time: temporaries stay in the level-2 cache, and
-# decoding needs less than 1 MiB beside its result.
-CHUNK = 2**15
+Section: TypeAlias = memoryview
 
 # From this many elements on the compiled bitmap kernels are faster than NumPy, and worth loading.
 KERNEL_ELEMENTS = 2**17
+
+
+# Masks of fewer elements are not worth a frame, between the densities where both others are more
+# than 2 % above the entropy (in thousandths), and elsewhere.
+_LEAST_BETWEEN = 2**15
+_BETWEEN = (345, 410)
+_LEAST_FRAMED = 2**11
+# Words that may be empty by chance although twice as many as expected are allowed.
+_CHANCE_WORDS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,26 +75,6 @@ def canonical(bits: Bits, dtype: DType) -> Bits:
     return bits if other.all() else bits * other
 
 
-def positions_in(keep: Bools) -> Positions:
-    """Positions of True in one chunk of a mask: `np.flatnonzero` without its slow range."""
-    n = keep.size
-    count = np.count_nonzero(keep)
-    # Up to a density of 0.1 NumPy jumps from one True to the next, which is the slower way from
-    # about 0.02 on. True elements after the end make it take the other, branch-free way.
-    if not 0.02 * n < count <= 0.1 * n:
-        return np.flatnonzero(keep)
-    extended = np.ones(n + n // 8 + 1, np.bool_)
-    extended[:n] = keep
-    return np.flatnonzero(extended)[:count]
-
-
-def _positions_of(keep: Bools) -> Positions:
-    chunks = [
-        positions_in(keep[start : start + CHUNK]) + start for start in range(0, keep.size, CHUNK)
-    ]
-    return np.concatenate(chunks) if chunks else np.empty(0, np.intp)
-
-
 def kernels_pay_off(n: int) -> bool:
     """Whether masks of so many elements are for the compiled kernels.
 
@@ -109,33 +103,65 @@ def compact(bits: Bits, keep: Bools, k: int) -> Bits:
     return kept
 
 
-def pack_mask(code: MaskCode, keep: Bools, shape: tuple[int, ...]) -> memoryview:
-    """Mask section of the flat mask `keep`."""
+def pack_mask(code: MaskCode, keep: Bools, k: int, shape: tuple[int, ...]) -> tuple[bytes, Section]:
+    """Parameters and mask section of the flat mask `keep`, which keeps `k`."""
     match code:
         case MaskCode.BITMAP:
-            return np.packbits(keep, bitorder="little").data
+            return b"", np.packbits(keep, bitorder="little").data
+        case MaskCode.RICE:
+            parameters, _ = choose_rice(keep.size, k)
+            return bytes([parameters.parameter]), rice.pack(keep, parameters)
         case MaskCode.CSR:
             rows, columns = csr_grid(shape)
             width = csr_width(columns)
             assert width is not None
-            positions = _positions_of(keep)
+            positions = flat_positions(keep)
             row_starts = np.arange(rows) * columns
             counts = np.diff(np.searchsorted(positions, row_starts), append=positions.size)
             places = positions - np.repeat(row_starts, counts)
             numbers = np.concatenate([counts, places]).astype(f"<u{width}")
-            return numbers.view(np.uint8).data
+            return b"", numbers.view(np.uint8).data
+        case MaskCode.BITMAP_ZSTD:
+            raise AssertionError("pack_frame says whether there is one")
         case MaskCode.DENSE | MaskCode.ALL_ZERO | MaskCode.SAME:
-            return memoryview(b"")
+            return b"", memoryview(b"")
 
 
-def pack_values(bits: Bits, dtype: DType) -> memoryview:
-    """Raw value section of the kept elements; it may share the memory of `bits`."""
+def pack_frame(keep: Bools, k: int) -> Section | None:
+    """Compressed bitmap of a flat mask, where it may be smaller than what the counts promise.
+
+    That is where neither a bitmap nor gaps come close to the entropy, and where whole words are
+    empty or full more often than by chance: where filters or channels were pruned.
+    """
+    n = keep.size
+    c = min(k, n - k)
+    if n < _LEAST_FRAMED:
+        return None
+    packed = np.packbits(keep, bitorder="little")
+    between = n >= _LEAST_BETWEEN and _BETWEEN[0] * n <= 1000 * c <= _BETWEEN[1] * n
+    if not between:
+        words = packed[: packed.size // 8 * 8].view("<u8")
+        alike = max(np.count_nonzero(words == 0), np.count_nonzero(words == 2**64 - 1))
+        by_chance = 1.0 - c / n
+        for _ in range(6):
+            by_chance *= by_chance
+        if alike <= 2 * by_chance * words.size + _CHANCE_WORDS:
+            return None
+    frame = frames.compress(packed)
+    return memoryview(frame) if len(frame) < packed.size else None
+
+
+def pack_values(bits: Bits, dtype: DType, coded: bool) -> tuple[ValueCode, bytes, Section]:
+    """Code, parameters and section of the kept elements, which may share the memory of `bits`."""
+    packed = split.pack(bits, dtype) if coded else None
+    if packed is not None:
+        return ValueCode.SPLIT, packed[0].parameters, packed[1]
     if dtype is BOOL:
-        return np.packbits(bits.view(np.uint8), bitorder="little").data
-    return bits.astype(unsigned(dtype), copy=False).view(np.uint8).data
+        return ValueCode.RAW, b"", np.packbits(bits.view(np.uint8), bitorder="little").data
+    return ValueCode.RAW, b"", bits.astype(unsigned(dtype), copy=False).view(np.uint8).data
 
 
-def read_values(section: memoryview, dtype: DType, k: int) -> Bits:
+def read_values(section: Section, dtype: DType, k: int) -> Bits:
     """All `k` kept elements of a raw value section, in an array of their own."""
     if dtype is BOOL:
         check_tail(section, k)
@@ -144,8 +170,11 @@ def read_values(section: memoryview, dtype: DType, k: int) -> Bits:
     return np.frombuffer(section, unsigned(dtype)).copy()
 
 
-def value_reader(section: memoryview, dtype: DType, k: int) -> Callable[[int, int], Bits]:
-    """Return a function that gives the kept elements from one index to another, uncopied."""
+def value_reader(section: Section, record: Record, dtype: DType) -> Callable[[int, int], Bits]:
+    """Return a function that gives the kept elements from one index to another, in order."""
+    k = record.k
+    if record.value_code == ValueCode.SPLIT:
+        return split.reader(section, record.split, dtype, k)
     if dtype is not BOOL:
         values = np.frombuffer(section, unsigned(dtype))
         return lambda start, stop: values[start:stop]
@@ -160,25 +189,7 @@ def value_reader(section: memoryview, dtype: DType, k: int) -> Callable[[int, in
     return read
 
 
-def check_tail(section: memoryview, n_bits: int) -> None:
-    """Refuse packed bits whose last byte holds more than they fill."""
-    if n_bits % 8 and section[-1] >> (n_bits % 8):
-        raise FormatError("the unused bits of the last byte are not zero")
-
-
-def bitmap_positions(section: memoryview, n: int) -> Iterator[tuple[int, Positions]]:
-    """Kept positions chunk by chunk: where the chunk starts, and positions counted from there."""
-    check_tail(section, n)
-    packed = np.frombuffer(section, np.uint8)
-    for start in range(0, n, CHUNK):
-        stop = min(start + CHUNK, n)
-        bits = np.unpackbits(
-            packed[start // 8 : -(-stop // 8)], count=stop - start, bitorder="little"
-        )
-        yield start, positions_in(bits.view(np.bool_))
-
-
-def expand_bitmap(section: memoryview, values: memoryview, dtype: DType, n: int, k: int) -> Bits:
+def expand_bitmap(section: Section, values: Section, dtype: DType, n: int, k: int) -> Bits:
     """All `n` elements from a bitmap section and the raw section of its `k` kept elements."""
     check_tail(section, n)
     packed = np.frombuffer(section, np.uint8)
@@ -194,37 +205,3 @@ def pattern_positions(base: Elements) -> Iterator[tuple[int, Positions]]:
     """Positions of the non-zero elements of a base tensor, in the form of `bitmap_positions`."""
     for start in range(0, base.bits.size, CHUNK):
         yield start, positions_in(nonzero(base.bits[start : start + CHUNK], base.dtype))
-
-
-def csr_positions(
-    section: memoryview, shape: tuple[int, ...], k: int
-) -> Iterator[tuple[int, Positions]]:
-    """Kept positions of a CSR section, checked; each chunk is counted from a row's start.
-
-    The section holds one count per row and then `k` columns, all of the same width. Rows and
-    entries are taken in chunks, because either may be the long side of a hostile payload.
-    """
-    rows, columns = csr_grid(shape)
-    width = csr_width(columns)
-    assert width is not None
-    numbers = np.frombuffer(section, f"<u{width}")
-    counts, places = numbers[:rows], numbers[rows:]
-    seen = 0
-    for first_row in range(0, rows, CHUNK // 8):
-        ends = seen + np.cumsum(counts[first_row : first_row + CHUNK // 8], dtype=np.int64)
-        stop_entry = int(ends[-1])
-        if stop_entry > k:
-            raise FormatError(f"the row counts exceed the {k} kept elements")
-        last = -1
-        for start in range(seen, stop_entry, CHUNK // 4):
-            stop = min(start + CHUNK // 4, stop_entry)
-            in_chunk = np.diff(ends.clip(start, stop), prepend=start)
-            place = places[start:stop].astype(np.intp)
-            flat = np.repeat(np.arange(ends.size) * columns, in_chunk) + place
-            if place.max() >= columns or flat[0] <= last or (flat[1:] <= flat[:-1]).any():
-                raise FormatError("the columns of a row are not increasing inside the row")
-            last = int(flat[-1])
-            yield first_row * columns, flat
-        seen = stop_entry
-    if seen != k:
-        raise FormatError(f"the row counts give {seen} of the {k} kept elements")

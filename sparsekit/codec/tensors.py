@@ -8,19 +8,11 @@ import torch
 from torch import Tensor
 
 from sparsekit.codec import core
-from sparsekit.codec.core import MaskEncoding
-from sparsekit.codec.sections import Bools, Elements
-from sparsekit.codec.wire import (
-    BOOL,
-    DTYPE_BY_NAME,
-    MAX_DIMS,
-    MAX_NAME_BYTES,
-    DType,
-    Header,
-    Placed,
-    parse,
-    quote,
-)
+from sparsekit.codec.core import Level, MaskEncoding
+from sparsekit.codec.positions import Bools
+from sparsekit.codec.records import BOOL, DTYPE_BY_NAME, DType
+from sparsekit.codec.sections import Elements
+from sparsekit.codec.wire import MAX_DIMS, MAX_NAME_BYTES, Header, Placed, parse, quote
 from sparsekit.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -30,7 +22,6 @@ from sparsekit.errors import (
 from sparsekit.types import Masks, State
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
-Level: TypeAlias = Literal["fast", "balanced", "small"]
 
 DEFAULT_MAX_BYTES = 4 * 2**30
 
@@ -67,11 +58,12 @@ def encode(
         A state that the receiver holds as well. A mask equal to the non-zero pattern of the base
         tensor of the same name then takes no bytes, and decoding needs the base.
     level : {"fast", "balanced", "small"}
-        Speed against bytes. The levels differ from the release that adds coded sections; in
-        this one they give the same bytes.
+        Speed against bytes: "fast" stores bitmaps and raw values, "balanced" codes masks and
+        splits the values of floats, for some 20 % fewer bytes. "small" is "balanced" in this
+        release.
     values : {"lossless"}
         This release encodes values losslessly only.
-    mask_encoding : {"auto", "dense", "bitmap", "csr", "same"}
+    mask_encoding : {"auto", "dense", "bitmap", "rice", "csr", "same"}
         "auto" takes the smallest. Another one is used for every tensor in `masks` (without
         `masks`: of two dimensions or more) that keeps some but not all of its elements.
     round : int
@@ -119,6 +111,7 @@ def encode(
         None if masks is None else _flat_masks(masks, elements),
         None if base is None else _elements_of_state(base, "base"),
         mask_encoding,
+        level,
         round,
     )
 

@@ -4,7 +4,6 @@
 `parse` checks every one of them first, with Python integers, which cannot overflow.
 """
 
-import enum
 import math
 import struct
 from collections.abc import Sequence
@@ -12,11 +11,23 @@ from dataclasses import dataclass
 
 import xxhash
 
+from sparsekit.codec.codes import SPLIT_PARAMETERS, parse_rice, parse_split
+from sparsekit.codec.records import (
+    DTYPES,
+    MINOR_1_MASKS,
+    DType,
+    MaskCode,
+    Record,
+    ValueCode,
+    mask_bytes,
+    parameter_bytes,
+    value_bytes,
+)
 from sparsekit.errors import ChecksumError, FormatError, TruncatedError, VersionError
 
 MAGIC = b"\x89SPU\r\n\x1a\n"
 MAJOR = 1
-MINOR = 0
+MINOR = 1
 NO_BASE = bytes(16)
 
 ALIGNMENT = 8
@@ -35,71 +46,6 @@ CRITICAL_FLAGS = 0x00FF
 PREFIX = struct.Struct("<8sBBHIIIQQ16sQ")
 RECORD = struct.Struct("<HHBBBBQQQQ")
 CHECKSUM_AT = PREFIX.size - 8
-
-
-class MaskCode(enum.IntEnum):
-    """How a record says which elements are kept."""
-
-    DENSE = 0
-    ALL_ZERO = 1
-    BITMAP = 2
-    SAME = 5
-    CSR = 9
-
-
-class ValueCode(enum.IntEnum):
-    """How a record stores the kept elements."""
-
-    RAW = 0
-
-
-@dataclass(frozen=True, slots=True)
-class DType:
-    """An element type: its code, its name, bytes per element, and the sign bit of a float."""
-
-    code: int
-    name: str
-    itemsize: int
-    sign_bit: int = 0
-
-
-DTYPES = (
-    DType(0, "float32", 4, 1 << 31),
-    DType(1, "float64", 8, 1 << 63),
-    DType(2, "float16", 2, 1 << 15),
-    DType(3, "bfloat16", 2, 1 << 15),
-    DType(4, "int8", 1),
-    DType(5, "int16", 2),
-    DType(6, "int32", 4),
-    DType(7, "int64", 8),
-    DType(8, "uint8", 1),
-    DType(9, "bool", 1),
-)
-BOOL = DTYPES[9]
-DTYPE_BY_NAME = {dtype.name: dtype for dtype in DTYPES}
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One tensor of a payload, as its header describes it.
-
-    ``dtype`` is None where an ancillary code is unknown: the record is then skipped.
-    """
-
-    name: str
-    dtype: DType | None
-    shape: tuple[int, ...]
-    mask_code: int
-    value_code: int
-    k: int
-    mask_len: int
-    value_len: int
-    checksum: int
-
-    @property
-    def n(self) -> int:
-        """Elements of the tensor."""
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,38 +80,6 @@ def quote(name: str) -> str:
     return repr(name) if len(name) <= 80 else repr(name[:80]) + "..."
 
 
-def csr_grid(shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of the CSR view: dim 0 against the rest; a vector is one row."""
-    if len(shape) < 2:
-        return 1, math.prod(shape)
-    return shape[0], math.prod(shape[1:])
-
-
-def csr_width(columns: int) -> int | None:
-    """Bytes of a CSR number, or None where 32 bits are too few."""
-    if columns < 2**16:
-        return 2
-    return 4 if columns < 2**32 else None
-
-
-def mask_bytes(code: MaskCode, shape: Sequence[int], k: int) -> int | None:
-    """Length of a mask section in bytes, or None where the code cannot hold such a tensor."""
-    match code:
-        case MaskCode.BITMAP:
-            return -(-math.prod(shape) // 8)
-        case MaskCode.CSR:
-            rows, columns = csr_grid(shape)
-            width = csr_width(columns)
-            return None if width is None else width * (rows + k)
-        case MaskCode.DENSE | MaskCode.ALL_ZERO | MaskCode.SAME:
-            return 0
-
-
-def value_bytes(dtype: DType, k: int) -> int:
-    """Length of a raw value section of `k` elements in bytes; bools are packed 8 to a byte."""
-    return -(-k // 8) if dtype is BOOL else k * dtype.itemsize
-
-
 def section_checksum(*sections: bytes | memoryview) -> int:
     """xxh3_64 over the mask section followed by the value section, without padding."""
     hasher = xxhash.xxh3_64()
@@ -180,9 +94,11 @@ def pack_header(records: Sequence[Record], *, round: int, base_digest: bytes) ->
     body += bytes(padded(len(body)) - len(body))
     header_len = PREFIX.size + len(body)
     sections = sum(padded(r.mask_len) + padded(r.value_len) for r in records)
+    # The lowest version that has all the codes, for the sake of older readers.
+    newer = any(r.mask_code in MINOR_1_MASKS or r.value_code == ValueCode.SPLIT for r in records)
     prefix = PREFIX.pack(
-        MAGIC, MAJOR, MINOR, 0, header_len, len(records), 0, header_len + sections, round,
-        base_digest, 0,
+        MAGIC, MAJOR, MINOR if newer else 0, 0, header_len, len(records), 0,
+        header_len + sections, round, base_digest, 0,
     )  # fmt: skip
     checksum = xxhash.xxh3_64_intdigest(prefix[:CHECKSUM_AT] + body)
     return prefix[:CHECKSUM_AT] + checksum.to_bytes(8, "little") + body
@@ -192,10 +108,11 @@ def _pack_record(record: Record) -> bytes:
     assert record.dtype is not None
     name = record.name.encode()
     fixed = RECORD.pack(
-        len(name), 0, record.dtype.code, len(record.shape), record.mask_code, record.value_code,
-        record.k, record.mask_len, record.value_len, record.checksum,
+        len(name), len(record.parameters), record.dtype.code, len(record.shape),
+        record.mask_code, record.value_code, record.k, record.mask_len, record.value_len,
+        record.checksum,
     )  # fmt: skip
-    return fixed + struct.pack(f"<{len(record.shape)}I", *record.shape) + name
+    return fixed + struct.pack(f"<{len(record.shape)}I", *record.shape) + record.parameters + name
 
 
 def parse(payload: memoryview) -> Header:
@@ -281,15 +198,18 @@ def _parse_records(body: memoryview, n_records: int) -> list[Record]:
         if end > len(body):
             raise FormatError(f"record {index}: its shape, parameters and name exceed the header")
         shape = struct.unpack_from(f"<{ndim}I", body, at)
+        parameters = bytes(body[at + 4 * ndim : end - name_len])
         name = _parse_name(bytes(body[end - name_len : end]), index)
         at = end
         if name in names:
             raise FormatError(f"record {index}: the name {quote(name)} appears twice")
         names.add(name)
         known = _known_dtype(name, dtype, mask, value)
-        record = Record(name, known, shape, mask, value, k, mask_len, value_len, checksum)
+        record = Record(
+            name, known, shape, mask, value, k, mask_len, value_len, checksum, parameters
+        )
         if known is not None:
-            _check_record(record, known, param_len)
+            _check_record(record, known)
         records.append(record)
     rest = bytes(body[at:])
     if len(rest) >= ALIGNMENT or any(rest):
@@ -323,7 +243,7 @@ def _known_dtype(name: str, dtype: int, mask: int, value: int) -> DType | None:
     return None if skip else DTYPES[dtype]
 
 
-def _check_record(record: Record, dtype: DType, param_len: int) -> None:
+def _check_record(record: Record, dtype: DType) -> None:
     name = quote(record.name)
     # Zero extents count as 1: the product of the others must still be a possible size.
     if math.prod(extent or 1 for extent in record.shape) * dtype.itemsize > MAX_TENSOR_BYTES:
@@ -332,18 +252,50 @@ def _check_record(record: Record, dtype: DType, param_len: int) -> None:
     code = MaskCode(record.mask_code)
     if k > n or (code is MaskCode.DENSE and k != n) or (code is MaskCode.ALL_ZERO and k):
         raise FormatError(f"tensor {name}: {k} kept of {n} elements contradicts its mask encoding")
-    if param_len:
-        raise FormatError(f"tensor {name}: its codes take no parameters, got {param_len} bytes")
-    expected = mask_bytes(code, record.shape, k)
-    if record.mask_len != expected:
+    needed = parameter_bytes(code, record.value_code)
+    if len(record.parameters) != needed:
         raise FormatError(
-            f"tensor {name}: expected a mask section of {expected} bytes, got {record.mask_len}"
+            f"tensor {name}: its codes take {needed} bytes of parameters, "
+            f"got {len(record.parameters)}"
         )
-    if record.value_len != value_bytes(dtype, k):
-        raise FormatError(
-            f"tensor {name}: expected a value section of {value_bytes(dtype, k)} bytes, "
-            f"got {record.value_len}"
-        )
+    for part, found, (least, most) in (
+        ("mask", record.mask_len, _mask_range(record, code)),
+        ("value", record.value_len, _value_range(record, dtype)),
+    ):
+        if not least <= found <= most:
+            expected = str(least) if least == most else f"{least} to {most}"
+            raise FormatError(
+                f"tensor {name}: expected a {part} section of {expected} bytes, got {found}"
+            )
+
+
+def _mask_range(record: Record, code: MaskCode) -> tuple[int, int]:
+    """Fewest and most bytes of a record's mask section."""
+    if code is MaskCode.RICE:
+        rice = parse_rice(record.parameters[0])
+        if rice is None or not rice.coded(record.n, record.k):
+            raise FormatError(f"tensor {quote(record.name)}: its Rice parameter is not possible")
+        return rice.length_range(record.n, record.k)
+    needed = mask_bytes(code, record.shape, record.k)
+    if code is MaskCode.BITMAP_ZSTD:
+        return 1, max(0, -(-record.n // 8) - 1)
+    if needed is None:
+        raise FormatError(f"tensor {quote(record.name)}: its mask encoding cannot hold its shape")
+    return needed, needed
+
+
+def _value_range(record: Record, dtype: DType) -> tuple[int, int]:
+    """Fewest and most bytes of a record's value section."""
+    if record.value_code == ValueCode.SPLIT:
+        split = parse_split(record.parameters[-SPLIT_PARAMETERS.size :])
+        found = None if split is None else split.length_range(dtype.name, record.k)
+        if found is None:
+            raise FormatError(
+                f"tensor {quote(record.name)}: its parameters of split values are not possible"
+            )
+        return found
+    needed = value_bytes(dtype, record.k)
+    return needed, needed
 
 
 def _place(

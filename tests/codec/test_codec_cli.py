@@ -74,19 +74,27 @@ def test_a_base_is_used_on_both_ends() -> None:
 
 
 @pytest.mark.usefixtures("folder")
+def test_the_level_is_chosen() -> None:
+    assert run("decode", "state.spu", "out.npz") == 0
+    assert run("encode", "out.npz", "fast.spu", "--level", "fast") == 0
+    assert codec.inspect(Path("fast.spu").read_bytes()).version == (1, 0)
+    assert run("encode", "out.npz", "bad.spu", "--level", "best") == 1
+
+
+@pytest.mark.usefixtures("folder")
 def test_inspect_prints_records_and_totals(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("inspect", "state.spu") == 0
     lines = capsys.readouterr().out.splitlines()
     cells = [line.split() for line in lines]
     assert cells[1] == [
-        *("conv.weight", "float32", "12x3x4", "bitmap", "raw"),
-        *("144", "12", "8.33%", "18", "48"),
+        *("conv.weight", "float32", "12x3x4", "rice", "raw"),
+        *("144", "12", "8.33%", "8", "48"),
     ]
     assert cells[3][:3] == ["file", "int64", "scalar"]
     assert cells[5][0] == "[red]tag"
     size = Path("state.spu").stat().st_size
     text = "\n".join(lines)
-    assert "format 1.0, round 4, base none" in text
+    assert "format 1.1, round 4, base none" in text
     assert f"{size:,} bytes = header" in text
     dense = 4 * 144 + 8 + 8 + 4 + 2
     assert f"{8 * size / 151:.3f} bits per weight, {dense / size:.2f} times smaller" in text

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsekit import codec
-from sparsekit.codec import sections, wire
+from sparsekit.codec import records, sections
 from sparsekit.errors import FormatError
 
 N = sections.KERNEL_ELEMENTS + 77
@@ -59,7 +59,7 @@ def test_kernels_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(sections, "_bitmap", note)
     values, mask = make(torch.float32, 0.3)
-    codec.decode(codec.encode({"w": values}, masks={"w": mask}, mask_encoding="bitmap"))
+    codec.decode(codec.encode({"w": values}, masks={"w": mask}, level="fast"))
     assert taken == ["compact", "pack", "count", "expand"]
 
 
@@ -71,7 +71,7 @@ def test_a_bitmap_that_disagrees_with_its_count_is_refused(change: int) -> None:
     values = np.ones(1000, "<f4")
     with pytest.raises(FormatError, match=f"keeps {1000 + change} elements, its record says 1000"):
         sections.expand_bitmap(
-            packed.data, values.view(np.uint8).data, wire.DTYPE_BY_NAME["float32"], N, 1000
+            packed.data, values.view(np.uint8).data, records.DTYPE_BY_NAME["float32"], N, 1000
         )
 
 
@@ -79,4 +79,4 @@ def test_bits_after_the_last_element_are_refused() -> None:
     packed = np.zeros(-(-N // 8), np.uint8)
     packed[-1] = 128
     with pytest.raises(FormatError, match="unused bits"):
-        sections.expand_bitmap(packed.data, memoryview(b""), wire.DTYPE_BY_NAME["float32"], N, 0)
+        sections.expand_bitmap(packed.data, memoryview(b""), records.DTYPE_BY_NAME["float32"], N, 0)

@@ -1,4 +1,7 @@
-"""A second decoder, written from docs/wire-format.md alone: no sparsekit, no NumPy, no torch."""
+"""A second decoder, written from docs/wire-format.md alone: no sparsekit, no NumPy, no torch.
+
+Of the standards that the page names, it takes XXH3 and zstd from their libraries.
+"""
 
 import json
 import math
@@ -10,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import xxhash
+import zstandard
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -71,6 +75,12 @@ def read_bitmap(section: bytes, record: Plain, _: int, __: Plain | None) -> list
     return [i for i, bit in enumerate(unpack_bits(section, n)) if bit]
 
 
+def read_framed_bitmap(section: bytes, record: Plain, _: int, __: Plain | None) -> list[int]:
+    n = math.prod(record.shape)
+    need(len(section) < (n + 7) // 8, "shorter than the bitmap")
+    return read_bitmap(read_plane(section, (n + 7) // 8), record, _, __)
+
+
 def read_same(_: bytes, record: Plain, __: int, base: Plain | None) -> list[int]:
     assert base is not None
     need(base.shape == record.shape, "the base tensor has the same shape")
@@ -93,10 +103,35 @@ def read_csr(section: bytes, record: Plain, k: int, _: Plain | None) -> list[int
     return positions
 
 
+def read_rice(section: bytes, n: int, k: int, parameter: int) -> list[int]:
+    r, complement = parameter & 0x7F, parameter >> 7
+    c = n - k if complement else k
+    need(r <= 31 and c >= 1, "the Rice parameter")
+    least = (r + 1) * c
+    need((least + 7) // 8 <= len(section) <= (least + ((n - c) >> r) + 7) // 8, "length")
+    need(section[-1] != 0, "the last byte")
+    bits = unpack_bits(section, 8 * len(section))
+    gaps, run = [], 0
+    for bit in bits[r * c :]:
+        if bit:
+            gaps.append(run << r)
+        run = 0 if bit else run + 1
+    need(len(gaps) == c, "c quotients")
+    for i, bit in enumerate(bits[: r * c]):
+        gaps[i % c] |= bit << (i // c)
+    coded, position = [], -1
+    for gap in gaps:
+        position += gap + 1
+        coded.append(position)
+    need(position < n, "positions below n")
+    return sorted(set(range(n)) - set(coded)) if complement else coded
+
+
 MASKS: dict[int, Callable[[bytes, Plain, int, Plain | None], list[int]]] = {
     0: read_dense,
     1: read_zero,
     2: read_bitmap,
+    4: read_framed_bitmap,
     5: read_same,
     9: read_csr,
 }
@@ -109,6 +144,41 @@ def read_values(section: bytes, dtype: int, k: int) -> list[int]:
     size = DTYPES[dtype][1]
     need(len(section) == k * size, "raw length")
     return [int.from_bytes(section[i : i + size], "little") for i in range(0, k * size, size)]
+
+
+FIELDS = {0: (8, 23), 2: (5, 10), 3: (8, 7)}
+
+
+def read_plane(section: bytes, k: int) -> bytes:
+    if len(section) == k:
+        return section
+    frame = zstandard.get_frame_parameters(section)
+    need(frame.content_size == k and not frame.has_checksum and not frame.dict_id, "the frame")
+    need(frame.window_size <= 2**17, "the window")
+    return zstandard.ZstdDecompressor().decompress(section, allow_extra_data=False)
+
+
+def read_split(section: bytes, dtype: int, k: int, parameters: bytes) -> list[int]:
+    mode, smallest, length = struct.unpack("<BBI", parameters)
+    need(mode <= 1 and (mode == 1 or smallest == 0), "mode")
+    exponent_bits, mantissa_bits = FIELDS[dtype]
+    low_bits = 16 if dtype == 0 else 0
+    low_at = len(section) - k * low_bits // 8
+    need(1 <= length <= k and 1 <= low_at - length <= k, "lengths of the planes")
+    first, second = read_plane(section[:length], k), read_plane(section[length:low_at], k)
+    values = []
+    for i in range(k):
+        exponent, m = first[i], mantissa_bits - low_bits
+        top = 0
+        if mode == 1:
+            exponent, top, m = (first[i] >> 3) + smallest, first[i] & 7, m - 3
+        need(exponent < 1 << exponent_bits and second[i] < 2 << m, "bits of the values")
+        mantissa = top << m | second[i] & ((1 << m) - 1)
+        low = int.from_bytes(section[low_at + 2 * i :][:2], "little") if low_bits else 0
+        sign = second[i] >> m
+        bits = (sign << exponent_bits | exponent) << mantissa_bits | mantissa << low_bits | low
+        values.append(bits)
+    return values
 
 
 def digest(state: dict[str, Plain]) -> bytes:
@@ -146,10 +216,13 @@ def read(payload: bytes, base: dict[str, Plain] | None = None) -> tuple[int, dic
             "<HHBBBB", payload, at
         )
         k, mask_len, value_len, checksum = struct.unpack_from("<QQQQ", payload, at + 8)
-        need(d <= 16 and param_len == 0, "dimensions, parameters")
-        need(dtype in DTYPES and mask_code in MASKS and value_code == 0, "codes")
+        need(d <= 16, "dimensions")
+        need(dtype in DTYPES and mask_code in {*MASKS, 3} and value_code in (0, 1), "codes")
+        need(param_len == (mask_code == 3) + 6 * (value_code == 1), "parameters")
         shape = struct.unpack_from(f"<{d}I", payload, at + 40)
         at += 40 + 4 * d
+        parameters = payload[at : at + param_len]
+        at += param_len
         name = payload[at : at + name_len].decode()
         at += name_len
         need(at <= header_len and name not in state, "record")
@@ -162,9 +235,15 @@ def read(payload: bytes, base: dict[str, Plain] | None = None) -> tuple[int, dic
         need(xxhash.xxh3_64_intdigest(b"".join(sections)) == checksum, "checksum of a record")
         tensor = Plain(dtype, shape, [], [])
         held = base.get(name) if base else None
-        tensor.kept = MASKS[mask_code](sections[0], tensor, k, held)
+        if mask_code == 3:
+            tensor.kept = read_rice(sections[0], math.prod(shape), k, parameters[0])
+        else:
+            tensor.kept = MASKS[mask_code](sections[0], tensor, k, held)
         need(len(tensor.kept) == k, "k")
-        tensor.bits = read_values(sections[1], dtype, k)
+        if value_code == 1:
+            tensor.bits = read_split(sections[1], dtype, k, parameters[-6:])
+        else:
+            tensor.bits = read_values(sections[1], dtype, k)
         state[name] = tensor
     need(header_len - at < 8 and not any(payload[at:header_len]), "end of the header")
     need(data == length, "sections make up the payload")

@@ -99,7 +99,7 @@ def test_any_bits_without_a_mask_come_back(
 
 @given(
     shape=shapes.filter(lambda shape: len(shape) >= 2),
-    encoding=st.sampled_from(["bitmap", "csr", "same"]),
+    encoding=st.sampled_from(["bitmap", "rice", "csr", "same"]),
     dtype=st.sampled_from(DTYPES),
     density=densities,
     seed=seeds,
@@ -107,7 +107,7 @@ def test_any_bits_without_a_mask_come_back(
 @settings(max_examples=300, deadline=None)
 def test_every_mask_encoding_carries_every_mask(
     shape: tuple[int, ...],
-    encoding: Literal["bitmap", "csr", "same"],
+    encoding: Literal["bitmap", "rice", "csr", "same"],
     dtype: torch.dtype,
     density: str,
     seed: int,
@@ -139,10 +139,10 @@ def test_csr_holds_the_last_column(rows: int, columns: int) -> None:
     assert same_bits(codec.decode(payload)["w"], tensor)
 
 
-@pytest.mark.parametrize("encoding", ["bitmap", "csr", "same"])
+@pytest.mark.parametrize("encoding", ["bitmap", "rice", "csr", "same"])
 @pytest.mark.parametrize("density", [0.005, 0.05, 0.3, 0.95])
 def test_tensors_of_many_chunks_come_back(
-    encoding: Literal["bitmap", "csr", "same"], density: float
+    encoding: Literal["bitmap", "rice", "csr", "same"], density: float
 ) -> None:
     shape = (37, 4001)  # more rows times columns than any chunk, and no multiple of one
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(5)) < density
@@ -241,14 +241,21 @@ def test_a_memoryview_with_gaps_is_read() -> None:
     assert torch.equal(codec.decode(memoryview(doubled)[::2])["w"], torch.eye(3))
 
 
-def test_levels_give_the_same_bytes_in_this_release() -> None:
-    state = {"w": torch.eye(9), "b": torch.ones(3)}
+def test_levels_differ_in_bytes_and_not_in_values() -> None:
+    random = torch.Generator().manual_seed(1)
+    weight = torch.randn(60, 60, generator=random)
+    state = {"w": torch.where(weight.abs() > 1, weight, 0.0), "b": torch.ones(3)}
     fast, balanced, small = (
         codec.encode(state, level="fast"),
         codec.encode(state, level="balanced"),
         codec.encode(state, level="small"),
     )
-    assert fast == balanced == small
+    assert len(balanced) < len(fast)
+    assert small == balanced
+    assert codec.inspect(fast).version == (1, 0)
+    assert codec.inspect(balanced).version == (1, 1)
+    for payload in (fast, balanced):
+        assert torch.equal(codec.decode(payload)["w"], state["w"])
 
 
 @pytest.mark.parametrize(
@@ -257,11 +264,11 @@ def test_levels_give_the_same_bytes_in_this_release() -> None:
         pytest.param(torch.ones(4, 5), "dense", id="no-zero"),
         pytest.param(torch.zeros(4, 5), "all-zero", id="only-zeros"),
         pytest.param((torch.arange(64) % 4 == 0).float().reshape(8, 8), "bitmap", id="quarter"),
-        pytest.param((torch.arange(4096) == 9).float().reshape(2, -1), "csr", id="one"),
-        pytest.param((torch.arange(64) > 0).float().reshape(8, 8), "dense", id="one-zero"),
-        pytest.param((torch.arange(320) > 31).to(torch.int16), "bitmap", id="int16-tenth-zero"),
+        pytest.param((torch.arange(4096) == 9).float().reshape(2, -1), "rice", id="one"),
+        pytest.param((torch.arange(64) > 0).float().reshape(8, 8), "rice", id="one-zero"),
+        pytest.param((torch.arange(320) > 31).to(torch.int16), "rice", id="int16-tenth-zero"),
         pytest.param((torch.arange(64) % 4 == 0).reshape(8, 8), "dense", id="bool"),
-        pytest.param((torch.arange(4096) == 9).reshape(2, -1), "csr", id="bool-one"),
+        pytest.param((torch.arange(4096) == 9).reshape(2, -1), "rice", id="bool-one"),
     ],
 )
 def test_the_smallest_encoding_is_chosen(tensor: Tensor, encoding: str) -> None:

@@ -51,6 +51,28 @@ def scattered(shape: tuple[int, ...], positions: list[int], dtype: torch.dtype) 
     return flat.reshape(shape)
 
 
+def masked(shape: tuple[int, ...], *, every: int, pruned: bool = False) -> tuple[Tensor, Tensor]:
+    """Numbers under a mask that keeps about one of `every`, irregularly, or prunes it."""
+    n = torch.Size(shape).numel()
+    mask = (torch.arange(n) * 7919 % 1009 % every == 0) ^ pruned
+    return (torch.arange(1, n + 1) * mask).float().reshape(shape), mask.reshape(shape)
+
+
+def spread(dtype: torch.dtype, n: int, *, wide: bool = False) -> Tensor:
+    """Numbers of both signs and many magnitudes, 0 and infinity among them if `wide`."""
+    mantissa = 1 + torch.arange(n) * 7919 % 1009 / 1009
+    exponent = torch.arange(n) % (40 if wide else 4) - (20 if wide else 4)
+    values = mantissa * 2.0**exponent * (1 - 2 * (torch.arange(n) % 3 % 2))
+    if wide:
+        values[:2] = torch.tensor([0.0, float("inf")])
+    return values.to(dtype)
+
+
+def all_of(n: int) -> Tensor:
+    """Mask that keeps all."""
+    return torch.ones(n, dtype=torch.bool)
+
+
 def payloads() -> dict[str, Entry]:
     """Every golden payload: arguments of `encode`, and its tensors."""
     weight = torch.tensor([0.0, 1.5, 0, 0, 0, -2.25, 0, 0, 0, 0, 0.1, 0]).reshape(2, 1, 3, 2)
@@ -68,6 +90,7 @@ def payloads() -> dict[str, Entry]:
     bfloat16 = from_bits(torch.bfloat16, 0x7F81, 0xFFC1, 0x0001, 0x7F80)
     kept_zero = torch.tensor([0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1], dtype=torch.bool)
     odd = scattered((3, 1, 3, 3), [0, 4, 5, 13, 26], torch.float32)
+    fifth = masked((16, 90), every=5)[1]
     base = scattered((4, 5), [1, 2, 3, 9, 13], torch.float32)
     return {
         "example": {
@@ -108,10 +131,39 @@ def payloads() -> dict[str, Entry]:
         },
         "csr": {
             "mask_encoding": "csr",
+            "level": "fast",
             "tensors": {
                 "odd": tensor_entry(odd, odd != 0),
                 "vector": tensor_entry(scattered((300,), [0, 299], torch.float32)),
                 "wide": tensor_entry(scattered((2, 65_536), [65_535, 131_071], torch.int8)),
+            },
+        },
+        "rice": {
+            "mask_encoding": "rice",
+            "tensors": {
+                "sparse": tensor_entry(*masked((7, 11, 3), every=9)),
+                "very sparse": tensor_entry(scattered((40, 200), [0, 77, 7_999], torch.int8)),
+                "few are pruned": tensor_entry(*masked((5, 41), every=9, pruned=True)),
+                "one is pruned": tensor_entry(*masked((3, 3), every=9, pruned=True)),
+                "half": tensor_entry(*masked((4, 9), every=2)),
+            },
+        },
+        "structured": {
+            "tensors": {
+                "half of the filters": tensor_entry(
+                    scattered((40, 64), list(range(1280, 2560, 5)), torch.int8)
+                ),
+            },
+        },
+        "split": {
+            "tensors": {
+                "float32": tensor_entry(spread(torch.float32, 300), dense=True),
+                "many exponents": tensor_entry(spread(torch.float32, 257, wide=True), all_of(257)),
+                "sparse": tensor_entry(spread(torch.float32, 1440).view(16, 90) * fifth),
+                "float16": tensor_entry(spread(torch.float16, 256), dense=True),
+                "bfloat16": tensor_entry(spread(torch.bfloat16, 270), dense=True),
+                "wide bfloat16": tensor_entry(spread(torch.bfloat16, 260, wide=True), all_of(260)),
+                "raw": tensor_entry(spread(torch.float32, 255), dense=True),
             },
         },
         "base": {"tensors": {"w": tensor_entry(base), "b": tensor_entry(torch.ones(3))}},
@@ -155,6 +207,7 @@ def main() -> None:
             masks=masks or None,
             base=state_of(contents[entry["base"]])[0] if "base" in entry else None,
             mask_encoding=entry.get("mask_encoding", "auto"),
+            level=entry.get("level", "balanced"),
             round=entry.get("round", 0),
         )
         (FOLDER / f"{name}.spu").write_bytes(payload)

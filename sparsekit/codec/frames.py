@@ -1,0 +1,75 @@
+"""Bytes through zstd's Huffman coder, in frames that are checked before they are decompressed."""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import zstandard
+
+from sparsekit.errors import FormatError
+
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+
+_LEVEL = 1
+# Huffman coding needs no window, and a reader then needs little memory.
+_WINDOW_LOG = 17
+# Type of a block that stores one byte for many.
+_REPEATED = 1
+
+
+def compress(plain: Bytes) -> bytes:
+    """One frame, or the bytes themselves where that is not shorter."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(
+        _LEVEL, source_size=plain.size, window_log=_WINDOW_LOG
+    )
+    frame = zstandard.ZstdCompressor(compression_params=parameters).compress(plain.data)
+    return frame if len(frame) < plain.size else plain.tobytes()
+
+
+def reader(section: memoryview, size: int) -> Callable[[int, bool], Bytes]:
+    """Return a function that gives the next bytes of a frame, and whether they must be the last.
+
+    Parameters
+    ----------
+    section : memoryview
+        One frame and nothing else.
+    size : int
+        Bytes that it must hold.
+    """
+    stream = _stream(section, size)
+
+    def read(count: int, last: bool) -> Bytes:
+        try:
+            data = stream.read(count)
+            if len(data) == count and not (last and stream.read(1)):
+                return np.frombuffer(data, np.uint8)
+        except zstandard.ZstdError as error:
+            raise FormatError(f"a frame is damaged: {error}") from None
+        raise FormatError(f"a frame does not hold {size} bytes")
+
+    return read
+
+
+def _stream(section: memoryview, size: int) -> zstandard.ZstdDecompressionReader:
+    try:
+        frame = zstandard.get_frame_parameters(section)
+        at = zstandard.frame_header_size(section)
+    except zstandard.ZstdError as error:
+        raise FormatError(f"it is no zstd frame: {error}") from None
+    if frame.content_size != size or frame.has_checksum or frame.dict_id:
+        raise FormatError(f"a frame is not one of {size} bytes without a checksum")
+    if frame.window_size > 1 << _WINDOW_LOG:
+        raise FormatError("a frame asks for too much memory")
+    # zstandard says neither where a frame ends nor that something follows it.
+    last = False
+    while not last:
+        if at + 3 > len(section):
+            raise FormatError("a frame has no end")
+        block = int.from_bytes(section[at : at + 3], "little")
+        last, repeated = bool(block & 1), block >> 1 & 3 == _REPEATED
+        at += 3 + (1 if repeated else block >> 3)
+    if at != len(section):
+        raise FormatError("a frame does not end where its section does")
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << _WINDOW_LOG)
+    return decompressor.stream_reader(section)

@@ -1,0 +1,149 @@
+"""What a payload may hold: element types, codes and the sizes they need, in plain integers."""
+
+import enum
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sparsekit.codec.codes import (
+    SPLIT_PARAMETERS,
+    RiceCode,
+    SplitCode,
+    choose_rice,
+    parse_rice,
+    parse_split,
+)
+
+
+class MaskCode(enum.IntEnum):
+    """How a record says which elements are kept."""
+
+    DENSE = 0
+    ALL_ZERO = 1
+    BITMAP = 2
+    RICE = 3
+    BITMAP_ZSTD = 4
+    SAME = 5
+    CSR = 9
+
+
+class ValueCode(enum.IntEnum):
+    """How a record stores the kept elements."""
+
+    RAW = 0
+    SPLIT = 1
+
+
+MINOR_1_MASKS = (MaskCode.RICE, MaskCode.BITMAP_ZSTD)
+"""Mask codes that format 1.0 does not have."""
+
+
+def parameter_bytes(mask: int, value: int) -> int:
+    """Length of the parameters of a mask code and a value code together."""
+    rice, split = mask == MaskCode.RICE, value == ValueCode.SPLIT
+    return rice + SPLIT_PARAMETERS.size * split
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """An element type: its code, its name, bytes per element, and the sign bit of a float."""
+
+    code: int
+    name: str
+    itemsize: int
+    sign_bit: int = 0
+
+
+DTYPES = (
+    DType(0, "float32", 4, 1 << 31),
+    DType(1, "float64", 8, 1 << 63),
+    DType(2, "float16", 2, 1 << 15),
+    DType(3, "bfloat16", 2, 1 << 15),
+    DType(4, "int8", 1),
+    DType(5, "int16", 2),
+    DType(6, "int32", 4),
+    DType(7, "int64", 8),
+    DType(8, "uint8", 1),
+    DType(9, "bool", 1),
+)
+BOOL = DTYPES[9]
+DTYPE_BY_NAME = {dtype.name: dtype for dtype in DTYPES}
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One tensor of a payload, as its header describes it.
+
+    ``dtype`` is None where an ancillary code is unknown: the record is then skipped.
+    """
+
+    name: str
+    dtype: DType | None
+    shape: tuple[int, ...]
+    mask_code: int
+    value_code: int
+    k: int
+    mask_len: int
+    value_len: int
+    checksum: int
+    parameters: bytes = b""
+    """First those of the mask code, then those of the value code."""
+
+    @property
+    def rice(self) -> RiceCode:
+        """Parameters of a Rice-coded mask; those of a parsed record were checked."""
+        code = parse_rice(self.parameters[0])
+        assert code is not None
+        return code
+
+    @property
+    def split(self) -> SplitCode:
+        """Parameters of split values; those of a parsed record were checked."""
+        code = parse_split(self.parameters[-SPLIT_PARAMETERS.size :])
+        assert code is not None
+        return code
+
+    @property
+    def n(self) -> int:
+        """Elements of the tensor."""
+        return math.prod(self.shape)
+
+
+def csr_grid(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of the CSR view: dim 0 against the rest; a vector is one row."""
+    if len(shape) < 2:
+        return 1, math.prod(shape)
+    return shape[0], math.prod(shape[1:])
+
+
+def csr_width(columns: int) -> int | None:
+    """Bytes of a CSR number, or None where 32 bits are too few."""
+    if columns < 2**16:
+        return 2
+    return 4 if columns < 2**32 else None
+
+
+def mask_bytes(code: MaskCode, shape: Sequence[int], k: int) -> int | None:
+    """Length of a mask section in bytes, or None where the code cannot hold such a tensor.
+
+    Of a coded section the bytes to be expected, and None if it has nothing to code.
+    """
+    match code:
+        case MaskCode.BITMAP:
+            return -(-math.prod(shape) // 8)
+        case MaskCode.CSR:
+            rows, columns = csr_grid(shape)
+            width = csr_width(columns)
+            return None if width is None else width * (rows + k)
+        case MaskCode.RICE:
+            n = math.prod(shape)
+            return choose_rice(n, k)[1] if 0 < k < n else None
+        case MaskCode.BITMAP_ZSTD:
+            return -(-math.prod(shape) // 8) - 1
+        case MaskCode.DENSE | MaskCode.ALL_ZERO | MaskCode.SAME:
+            return 0
+
+
+def value_bytes(dtype: DType, k: int) -> int:
+    """Length of a raw value section of `k` elements in bytes; bools are packed 8 to a byte."""
+    return -(-k // 8) if dtype is BOOL else k * dtype.itemsize

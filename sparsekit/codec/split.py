@@ -1,0 +1,103 @@
+"""Float values as planes: exponents with the mantissa's first bits, which compress, and the rest.
+
+Trained weights have few exponents, and pruning cuts off the small ones: the first plane takes
+some 5 of its 8 bits, and the second, the sign with the next bits, has nothing to spare but what
+its byte does not use. Both go through zstd, whose Huffman coder does the work. The lowest bits
+are noise and stay as they are.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from sparsekit.codec import frames
+from sparsekit.codec.codes import LAYOUTS, SplitCode
+from sparsekit.codec.records import DType
+from sparsekit.errors import FormatError
+
+Bits = npt.NDArray[np.unsignedinteger]
+Bytes = npt.NDArray[np.uint8]
+
+LEAST_VALUES = 256
+"""Fewer values are stored raw: the frames would cost more than they save."""
+_MOST_SPAN = 31
+_TOP_BITS = 3
+
+
+def pack(bits: Bits, dtype: DType) -> tuple[SplitCode, memoryview] | None:
+    """Section of values and its parameters; None where raw values are not larger."""
+    layout = LAYOUTS.get(dtype.name)
+    if layout is None or not LEAST_VALUES <= bits.size < 2**32:
+        return None
+    exponents = (bits >> layout.mantissa_bits & (1 << layout.exponent_bits) - 1).astype(np.uint8)
+    smallest = int(exponents.min())
+    joined = int(exponents.max()) - smallest <= _MOST_SPAN
+    rest_bits = layout.mantissa_bits - 8 * layout.low_bytes
+    sign = (bits >> layout.mantissa_bits + layout.exponent_bits).astype(np.uint8)
+    rest = bits >> 8 * layout.low_bytes
+    first = exponents
+    if joined:
+        rest_bits -= _TOP_BITS
+        top = (rest >> rest_bits & (1 << _TOP_BITS) - 1).astype(np.uint8)
+        first = exponents - np.uint8(smallest) << np.uint8(_TOP_BITS) | top
+    else:
+        smallest = 0
+    second = sign << np.uint8(rest_bits) | (rest & (1 << rest_bits) - 1).astype(np.uint8)
+    planes = [frames.compress(first), frames.compress(second)]
+    code = SplitCode(joined, smallest, len(planes[0]))
+    if layout.low_bytes:
+        planes.append((bits & (1 << 8 * layout.low_bytes) - 1).astype("<u2").tobytes())
+    section = b"".join(planes)
+    return None if len(section) >= bits.nbytes else (code, memoryview(section))
+
+
+def reader(
+    section: memoryview, code: SplitCode, dtype: DType, k: int
+) -> Callable[[int, int], Bits]:
+    """Return a function that gives the values from one index to another, each once, in order."""
+    layout = LAYOUTS[dtype.name]
+    low_at = len(section) - k * layout.low_bytes
+    first = _plane(section[: code.first_len], k)
+    second = _plane(section[code.first_len : low_at], k)
+    low = np.frombuffer(section[low_at:], "<u2") if layout.low_bytes else None
+    rest_bits = layout.mantissa_bits - 8 * layout.low_bytes - (_TOP_BITS if code.joined else 0)
+    kind = np.dtype(f"<u{dtype.itemsize}")
+    largest = (1 << layout.exponent_bits) - 1
+
+    def read(start: int, stop: int) -> Bits:
+        a, b = first(stop - start, stop == k), second(stop - start, stop == k)
+        if (b >> rest_bits + 1).any():
+            raise FormatError("its second plane has bits that no value has")
+        exponents, top = a.astype(kind), b & np.uint8((1 << rest_bits) - 1)
+        bits = top.astype(kind)
+        if code.joined:
+            bits |= (exponents & kind.type(7)) << kind.type(rest_bits)
+            exponents = (exponents >> kind.type(_TOP_BITS)) + kind.type(code.smallest)
+        if exponents.size and int(exponents.max()) > largest:
+            raise FormatError("its first plane has exponents that no value has")
+        bits <<= kind.type(8 * layout.low_bytes)
+        bits |= exponents << kind.type(layout.mantissa_bits)
+        sign = (b >> np.uint8(rest_bits)).astype(kind)
+        bits |= sign << kind.type(layout.mantissa_bits + layout.exponent_bits)
+        if low is not None:
+            bits |= low[start:stop]
+        return bits
+
+    return read
+
+
+def _plane(section: memoryview, k: int) -> Callable[[int, bool], Bytes]:
+    """Return a function that gives the next bytes of a plane, and whether they must be the last."""
+    if len(section) != k:
+        return frames.reader(section, k)
+    raw = np.frombuffer(section, np.uint8)
+    at = 0
+
+    def next_raw(count: int, last: bool) -> Bytes:
+        nonlocal at
+        del last
+        at += count
+        return raw[at - count : at]
+
+    return next_raw
