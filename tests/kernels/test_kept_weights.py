@@ -1,5 +1,7 @@
 """The kernel against the reference, bit for bit, and as a differentiable function."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -55,8 +57,7 @@ def test_gradients_of_any_order() -> None:
     weight, mask = operands((5, 21), "half")
     weight = weight.nan_to_num(0.5, 2.0, -2.0).requires_grad_()
 
-    def second(function: object) -> tuple[Tensor, Tensor]:
-        assert callable(function)
+    def second(function: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         y = function(weight, mask)
         (first,) = torch.autograd.grad((y**3).sum(), weight, create_graph=True)
         return first, torch.autograd.grad((first**2).sum(), weight)[0]
