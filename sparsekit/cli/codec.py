@@ -48,6 +48,7 @@ def encode_command(
     mask_encoding: Annotated[
         str, typer.Option(help="auto | dense | bitmap | rice | csr | same")
     ] = "auto",
+    values: Annotated[str, typer.Option(help="lossless | bf16 | fp16")] = "lossless",
     level: Annotated[str, typer.Option(help="fast | balanced | small")] = "balanced",
     round_: Annotated[int, typer.Option("--round", help="Number to put in the header.")] = 0,
     force: Force = False,
@@ -57,8 +58,9 @@ def encode_command(
     payload = codec.encode(
         load_state(source),
         base=None if base is None else load_state(base),
-        mask_encoding=mask_encoding,  # type: ignore[arg-type]  # encode checks both
+        mask_encoding=mask_encoding,  # type: ignore[arg-type]  # encode checks all three
         level=level,  # type: ignore[arg-type]
+        values=values,  # type: ignore[arg-type]
         round=round_,
     )
     _write_whole(target, lambda file: file.write(payload), force)

@@ -58,6 +58,9 @@ def choose_rice(n: int, k: int) -> tuple[RiceCode, int]:
 
 
 SPLIT_PARAMETERS = struct.Struct("<BBI")
+HALF_BYTES = 1 + SPLIT_PARAMETERS.size
+"""Parameters of 16-bit values: which kind, and those of a split section."""
+HALVES = ("float16", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,3 +111,36 @@ def parse_split(parameters: bytes) -> SplitCode | None:
     if joined > 1 or (smallest and not joined):
         return None
     return SplitCode(bool(joined), smallest, first_len)
+
+
+@dataclass(frozen=True, slots=True)
+class HalfCode:
+    """Parameters of float32 values that travel as 16-bit floats."""
+
+    kind: str
+    """One of `HALVES`."""
+    split: SplitCode | None
+    """Of a split section; None of a raw one."""
+
+    @property
+    def parameters(self) -> bytes:
+        """The bytes that stand in a record."""
+        inner = bytes(SPLIT_PARAMETERS.size) if self.split is None else self.split.parameters
+        return bytes([HALVES.index(self.kind)]) + inner
+
+    def length_range(self, dtype: str, k: int) -> tuple[int, int] | None:
+        """Fewest and most bytes of a section of `k` values; None if there is none."""
+        if dtype != "float32":
+            return None
+        return (2 * k, 2 * k) if self.split is None else self.split.length_range(self.kind, k)
+
+
+def parse_half(parameters: bytes) -> HalfCode | None:
+    """Read the bytes of a record; None for some that no writer makes."""
+    if parameters[0] >= len(HALVES):
+        return None
+    kind, inner = HALVES[parameters[0]], parameters[1:]
+    if not any(inner):
+        return HalfCode(kind, None)
+    split = parse_split(inner)
+    return None if split is None else HalfCode(kind, split)

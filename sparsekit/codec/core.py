@@ -9,8 +9,8 @@ from typing import Literal, TypeAlias
 import numpy as np
 import xxhash
 
+from sparsekit.codec import half, rice, sections
 from sparsekit.codec import positions as kept
-from sparsekit.codec import rice, sections
 from sparsekit.codec.positions import CHUNK, Bools, Positions
 from sparsekit.codec.records import (
     BOOL,
@@ -42,8 +42,10 @@ from sparsekit.errors import (
 )
 
 Level: TypeAlias = Literal["fast", "balanced", "small"]
+Values: TypeAlias = Literal["lossless", "bf16", "fp16"]
 MaskEncoding: TypeAlias = Literal["auto", "dense", "bitmap", "rice", "csr", "same"]
 
+_KINDS: dict[Values, str] = {"bf16": "bfloat16", "fp16": "float16"}
 _FORCED = {
     "dense": MaskCode.DENSE,
     "bitmap": MaskCode.BITMAP,
@@ -62,6 +64,7 @@ def encode_elements(
     base: Mapping[str, Elements] | None,
     mask_encoding: MaskEncoding,
     level: Level,
+    values: Values,
     round: int,
 ) -> bytes:
     """Build a payload; names and arguments were checked by the caller.
@@ -80,11 +83,12 @@ def encode_elements(
         given = None if masks is None else masks.get(name)
         forced = given is not None if masks is not None else len(elements.shape) >= 2
         encoding = mask_encoding if forced else "auto"
-        record, mask, values = _encode_one(
-            name, elements, given, None if base is None else base.get(name), encoding, level
-        )
+        record, mask, value_section = _encode_one(
+            name, elements, given, None if base is None else base.get(name), encoding, level,
+            _KINDS.get(values),
+        )  # fmt: skip
         records.append(record)
-        for section in (mask, values):
+        for section in (mask, value_section):
             chunks += [section, bytes(padded(len(section)) - len(section))]
     uses_base = any(record.mask_code == MaskCode.SAME for record in records)
     digest = digest_elements(base) if base is not None and uses_base else NO_BASE
@@ -104,6 +108,7 @@ def _encode_one(
     base: Elements | None,
     encoding: MaskEncoding,
     level: Level,
+    kind: str | None,
 ) -> tuple[Record, memoryview, memoryview]:
     dtype, shape, bits = elements.dtype, elements.shape, elements.bits
     if any(extent > MAX_EXTENT for extent in shape):
@@ -128,8 +133,13 @@ def _encode_one(
         frame = sections.pack_frame(keep, k)
         if frame is not None and len(frame) < len(mask_parameters) + len(mask):
             code, mask_parameters, mask = MaskCode.BITMAP_ZSTD, b"", frame
+    if kind is not None and dtype.name == "float32" and half.overflows(bits, kind):
+        raise ArgumentError(
+            f"values: {quote(name)} holds finite numbers beyond the range of {kind}; "
+            "use 'lossless', or 'bf16', whose range is that of float32"
+        )
     value_code, value_parameters, values = sections.pack_values(
-        sections.canonical(bits, dtype), dtype, level != "fast"
+        sections.canonical(bits, dtype), dtype, level != "fast", kind
     )
     record = Record(
         name, dtype, shape, code, value_code, k, len(mask), len(values),

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparsekit.codec.codes import (
+    HALF_BYTES,
     SPLIT_PARAMETERS,
+    HalfCode,
     RiceCode,
     SplitCode,
     choose_rice,
+    parse_half,
     parse_rice,
     parse_split,
 )
@@ -32,6 +35,7 @@ class ValueCode(enum.IntEnum):
 
     RAW = 0
     SPLIT = 1
+    HALF = 2
 
 
 MINOR_1_MASKS = (MaskCode.RICE, MaskCode.BITMAP_ZSTD)
@@ -40,8 +44,8 @@ MINOR_1_MASKS = (MaskCode.RICE, MaskCode.BITMAP_ZSTD)
 
 def parameter_bytes(mask: int, value: int) -> int:
     """Length of the parameters of a mask code and a value code together."""
-    rice, split = mask == MaskCode.RICE, value == ValueCode.SPLIT
-    return rice + SPLIT_PARAMETERS.size * split
+    values = {ValueCode.SPLIT: SPLIT_PARAMETERS.size, ValueCode.HALF: HALF_BYTES}
+    return int(mask == MaskCode.RICE) + values.get(ValueCode(value), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,13 @@ class Record:
     def split(self) -> SplitCode:
         """Parameters of split values; those of a parsed record were checked."""
         code = parse_split(self.parameters[-SPLIT_PARAMETERS.size :])
+        assert code is not None
+        return code
+
+    @property
+    def half(self) -> HalfCode:
+        """Parameters of 16-bit values; those of a parsed record were checked."""
+        code = parse_half(self.parameters[-HALF_BYTES:])
         assert code is not None
         return code
 

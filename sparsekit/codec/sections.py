@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from sparsekit.codec import frames, rice, split
+from sparsekit.codec import frames, half, rice, split
 from sparsekit.codec.codes import choose_rice
 from sparsekit.codec.positions import (
     CHUNK,
@@ -151,8 +151,16 @@ def pack_frame(keep: Bools, k: int) -> Section | None:
     return memoryview(frame) if len(frame) < packed.size else None
 
 
-def pack_values(bits: Bits, dtype: DType, coded: bool) -> tuple[ValueCode, bytes, Section]:
-    """Code, parameters and section of the kept elements, which may share the memory of `bits`."""
+def pack_values(
+    bits: Bits, dtype: DType, coded: bool, kind: str | None
+) -> tuple[ValueCode, bytes, Section]:
+    """Code, parameters and section of the kept elements, which may share the memory of `bits`.
+
+    `kind` is the type of 16 bits to which float32 numbers are rounded, if any.
+    """
+    if kind is not None and dtype.name == "float32" and bits.size:
+        halves = half.pack(bits, kind, coded)
+        return ValueCode.HALF, halves[0].parameters, halves[1]
     packed = split.pack(bits, dtype) if coded else None
     if packed is not None:
         return ValueCode.SPLIT, packed[0].parameters, packed[1]
@@ -175,6 +183,8 @@ def value_reader(section: Section, record: Record, dtype: DType) -> Callable[[in
     k = record.k
     if record.value_code == ValueCode.SPLIT:
         return split.reader(section, record.split, dtype, k)
+    if record.value_code == ValueCode.HALF:
+        return half.reader(section, record.half, k)
     if dtype is not BOOL:
         values = np.frombuffer(section, unsigned(dtype))
         return lambda start, stop: values[start:stop]

@@ -1,14 +1,14 @@
 """The codec for torch: argument checks, and tensors in and out of `sparsekit.codec.core`."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sparsekit.codec import core
-from sparsekit.codec.core import Level, MaskEncoding
+from sparsekit.codec.core import Level, MaskEncoding, Values
 from sparsekit.codec.positions import Bools
 from sparsekit.codec.records import BOOL, DTYPE_BY_NAME, DType
 from sparsekit.codec.sections import Elements
@@ -25,7 +25,7 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 
 DEFAULT_MAX_BYTES = 4 * 2**30
 
-_LOSSY = ("bf16", "int8", "int4")
+_PLANNED = ("int8", "int4")
 _TORCH_BY_NAME: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_BY_NAME}
 _NAME_BY_TORCH = {dtype: name for name, dtype in _TORCH_BY_NAME.items()}
 
@@ -36,7 +36,7 @@ def encode(
     masks: Masks | None = None,
     base: State | None = None,
     level: Level = "balanced",
-    values: Literal["lossless"] = "lossless",
+    values: Values = "lossless",
     mask_encoding: MaskEncoding = "auto",
     round: int = 0,
 ) -> bytes:
@@ -61,8 +61,9 @@ def encode(
         Speed against bytes: "fast" stores bitmaps and raw values, "balanced" codes masks and
         splits the values of floats, for some 20 % fewer bytes. "small" is "balanced" in this
         release.
-    values : {"lossless"}
-        This release encodes values losslessly only.
+    values : {"lossless", "bf16", "fp16"}
+        Precision of float32 values: "bf16" and "fp16" round them to 16 bits, to the nearest. They
+        decode to float32 again. Other dtypes are never rounded.
     mask_encoding : {"auto", "dense", "bitmap", "rice", "csr", "same"}
         "auto" takes the smallest. Another one is used for every tensor in `masks` (without
         `masks`: of two dimensions or more) that keeps some but not all of its elements.
@@ -93,11 +94,11 @@ def encode(
             [0.0000, 0.0000]])
     """
     _check_choice("level", level, get_args(Level))
-    if values in _LOSSY:
+    if values in _PLANNED:
         raise ArgumentError(
-            f"values: this release encodes losslessly only, got {values!r}; use 'lossless'"
+            f"values: this release has no {values!r} yet; use 'bf16', 'fp16' or 'lossless'"
         )
-    _check_choice("values", values, ("lossless",))
+    _check_choice("values", values, get_args(Values))
     _check_choice("mask_encoding", mask_encoding, get_args(MaskEncoding))
     if mask_encoding == "same" and base is None:
         raise ArgumentError("mask_encoding: 'same' needs a base")
@@ -112,6 +113,7 @@ def encode(
         None if base is None else _elements_of_state(base, "base"),
         mask_encoding,
         level,
+        values,
         round,
     )
 

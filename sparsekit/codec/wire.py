@@ -11,7 +11,15 @@ from dataclasses import dataclass
 
 import xxhash
 
-from sparsekit.codec.codes import SPLIT_PARAMETERS, parse_rice, parse_split
+from sparsekit.codec.codes import (
+    HALF_BYTES,
+    SPLIT_PARAMETERS,
+    HalfCode,
+    SplitCode,
+    parse_half,
+    parse_rice,
+    parse_split,
+)
 from sparsekit.codec.records import (
     DTYPES,
     MINOR_1_MASKS,
@@ -95,7 +103,7 @@ def pack_header(records: Sequence[Record], *, round: int, base_digest: bytes) ->
     header_len = PREFIX.size + len(body)
     sections = sum(padded(r.mask_len) + padded(r.value_len) for r in records)
     # The lowest version that has all the codes, for the sake of older readers.
-    newer = any(r.mask_code in MINOR_1_MASKS or r.value_code == ValueCode.SPLIT for r in records)
+    newer = any(r.mask_code in MINOR_1_MASKS or r.value_code != ValueCode.RAW for r in records)
     prefix = PREFIX.pack(
         MAGIC, MAJOR, MINOR if newer else 0, 0, header_len, len(records), 0,
         header_len + sections, round, base_digest, 0,
@@ -286,12 +294,17 @@ def _mask_range(record: Record, code: MaskCode) -> tuple[int, int]:
 
 def _value_range(record: Record, dtype: DType) -> tuple[int, int]:
     """Fewest and most bytes of a record's value section."""
-    if record.value_code == ValueCode.SPLIT:
-        split = parse_split(record.parameters[-SPLIT_PARAMETERS.size :])
-        found = None if split is None else split.length_range(dtype.name, record.k)
+    if record.value_code != ValueCode.RAW:
+        if record.value_code == ValueCode.SPLIT:
+            code: SplitCode | HalfCode | None = parse_split(
+                record.parameters[-SPLIT_PARAMETERS.size :]
+            )
+        else:
+            code = parse_half(record.parameters[-HALF_BYTES:])
+        found = None if code is None else code.length_range(dtype.name, record.k)
         if found is None:
             raise FormatError(
-                f"tensor {quote(record.name)}: its parameters of split values are not possible"
+                f"tensor {quote(record.name)}: the parameters of its values are not possible"
             )
         return found
     needed = value_bytes(dtype, record.k)

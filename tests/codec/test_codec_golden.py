@@ -88,6 +88,7 @@ def test_encode_writes_the_golden_bytes(name: str) -> None:
         base=base_of(name),
         mask_encoding=entry.get("mask_encoding", "auto"),
         level=entry.get("level", "balanced"),
+        values=entry.get("values", "lossless"),
         round=entry.get("round", 0),
     )
     assert payload == read(name)
@@ -99,7 +100,7 @@ def test_inspect_describes_a_golden_payload_without_its_base(name: str) -> None:
     info = codec.inspect(payload)
 
     codes = {code for r in info.records for code in (r.mask_encoding, r.value_encoding)}
-    assert info.version == (1, int(bool(codes & {"rice", "bitmap-zstd", "split"})))
+    assert info.version == (1, int(bool(codes & {"rice", "bitmap-zstd", "split", "half"})))
     assert info.round == CONTENTS[name].get("round", 0)
     base = base_of(name)
     assert info.base_digest == (codec.base_digest(base) if base else None)

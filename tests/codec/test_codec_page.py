@@ -181,6 +181,27 @@ def read_split(section: bytes, dtype: int, k: int, parameters: bytes) -> list[in
     return values
 
 
+def widened(bits: int, kind: int) -> int:
+    """Bits of the float32 that equals a float16 (kind 0) or a bfloat16 (kind 1)."""
+    if kind == 1:
+        return bits << 16
+    (value,) = struct.unpack("<e", bits.to_bytes(2, "little"))
+    if value != value:
+        return (bits & 0x8000) << 16 | 0x7F800000 | (bits & 0x3FF) << 13
+    return int.from_bytes(struct.pack("<f", value), "little")
+
+
+def read_half(section: bytes, dtype: int, k: int, parameters: bytes) -> list[int]:
+    kind, inner = parameters[0], parameters[1:]
+    need(dtype == 0 and kind <= 1, "half is for float32")
+    if any(inner):
+        halves = read_split(section, 2 + kind, k, inner)
+    else:
+        need(len(section) == 2 * k, "length of half values")
+        halves = [int.from_bytes(section[i : i + 2], "little") for i in range(0, 2 * k, 2)]
+    return [widened(bits, kind) for bits in halves]
+
+
 def digest(state: dict[str, Plain]) -> bytes:
     hasher = xxhash.xxh3_128()
     for name in sorted(state, key=str.encode):
@@ -217,8 +238,8 @@ def read(payload: bytes, base: dict[str, Plain] | None = None) -> tuple[int, dic
         )
         k, mask_len, value_len, checksum = struct.unpack_from("<QQQQ", payload, at + 8)
         need(d <= 16, "dimensions")
-        need(dtype in DTYPES and mask_code in {*MASKS, 3} and value_code in (0, 1), "codes")
-        need(param_len == (mask_code == 3) + 6 * (value_code == 1), "parameters")
+        need(dtype in DTYPES and mask_code in {*MASKS, 3} and value_code in (0, 1, 2), "codes")
+        need(param_len == (mask_code == 3) + (0, 6, 7)[value_code], "parameters")
         shape = struct.unpack_from(f"<{d}I", payload, at + 40)
         at += 40 + 4 * d
         parameters = payload[at : at + param_len]
@@ -240,7 +261,9 @@ def read(payload: bytes, base: dict[str, Plain] | None = None) -> tuple[int, dic
         else:
             tensor.kept = MASKS[mask_code](sections[0], tensor, k, held)
         need(len(tensor.kept) == k, "k")
-        if value_code == 1:
+        if value_code == 2:
+            tensor.bits = read_half(sections[1], dtype, k, parameters[-7:])
+        elif value_code == 1:
             tensor.bits = read_split(sections[1], dtype, k, parameters[-6:])
         else:
             tensor.bits = read_values(sections[1], dtype, k)

@@ -166,6 +166,27 @@ def payloads() -> dict[str, Entry]:
                 "raw": tensor_entry(spread(torch.float32, 255), dense=True),
             },
         },
+        "bf16": {
+            "values": "bf16",
+            "tensors": {
+                "split": tensor_entry(spread(torch.bfloat16, 256).float(), dense=True),
+                "raw": tensor_entry(spread(torch.bfloat16, 9).float(), dense=True),
+                "float64": tensor_entry(spread(torch.float64, 5), dense=True),
+                "none": tensor_entry(torch.zeros(4), torch.zeros(4, dtype=torch.bool)),
+            },
+        },
+        "fp16": {
+            "values": "fp16",
+            "tensors": {
+                "split": tensor_entry(spread(torch.float16, 257).float(), dense=True),
+                "special": tensor_entry(
+                    from_bits(
+                        torch.float32, 0x7F800000, 0xFF800000, 0x33800000, 0x477FE000, 0xB8800000
+                    ),
+                    all_of(5),
+                ),
+            },
+        },
         "base": {"tensors": {"w": tensor_entry(base), "b": tensor_entry(torch.ones(3))}},
         "same": {
             "base": "base",
@@ -208,6 +229,7 @@ def main() -> None:
             base=state_of(contents[entry["base"]])[0] if "base" in entry else None,
             mask_encoding=entry.get("mask_encoding", "auto"),
             level=entry.get("level", "balanced"),
+            values=entry.get("values", "lossless"),
             round=entry.get("round", 0),
         )
         (FOLDER / f"{name}.spu").write_bytes(payload)

@@ -1,0 +1,63 @@
+"""float32 values as 16-bit floats: half the bytes, at the price of the last bits.
+
+Rounding is to the nearest, ties to even, in integers where NumPy has no such type, so that it is
+the same on every machine. Reading back is exact.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from sparsekit.codec import split
+from sparsekit.codec.codes import HalfCode
+from sparsekit.codec.records import DTYPE_BY_NAME
+from sparsekit.codec.split import Bits
+
+_EXPONENT = 0x7F800000
+
+
+def overflows(bits: Bits, kind: str) -> bool:
+    """Whether a finite float32 would become infinite."""
+    finite = bits[(bits & _EXPONENT) != _EXPONENT]
+    infinity = 0x7C00 if kind == "float16" else 0x7F80
+    return bool(((narrow(finite, kind) & 0x7FFF) == infinity).any())
+
+
+def narrow(bits: Bits, kind: str) -> Bits:
+    """Bit patterns of the nearest 16-bit floats; a NaN stays one."""
+    values = np.ascontiguousarray(bits, "<u4")
+    if kind == "float16":
+        with np.errstate(over="ignore", under="ignore"):
+            return values.view("<f4").astype("<f2").view("<u2")
+    is_nan = (values & 0x7FFFFFFF) > _EXPONENT
+    # Just below half of the last bit, and that bit: a tie goes up if it is 1.
+    rounded = values + np.uint32(0x7FFF) + (values >> np.uint32(16) & np.uint32(1))
+    top = np.where(is_nan, values | np.uint32(0x400000), rounded) >> np.uint32(16)
+    return top.astype("<u2")
+
+
+def widen(bits: Bits, kind: str) -> Bits:
+    """Bit patterns of float32 numbers equal to 16-bit floats."""
+    if kind == "float16":
+        return bits.astype("<u2", copy=False).view("<f2").astype("<f4").view("<u4")
+    return bits.astype("<u4") << np.uint32(16)
+
+
+def pack(bits: Bits, kind: str, coded: bool) -> tuple[HalfCode, memoryview]:
+    """Section of float32 values and its parameters."""
+    narrowed = narrow(bits, kind)
+    # A small number may round to -0.0, which is +0.0 here.
+    narrowed = narrowed * (narrowed != 0x8000)
+    packed = split.pack(narrowed, DTYPE_BY_NAME[kind]) if coded else None
+    if packed is None:
+        return HalfCode(kind, None), narrowed.astype("<u2", copy=False).view(np.uint8).data
+    return HalfCode(kind, packed[0]), packed[1]
+
+
+def reader(section: memoryview, code: HalfCode, k: int) -> Callable[[int, int], Bits]:
+    """Return a function that gives the values from one index to another, each once, in order."""
+    if code.split is not None:
+        inner = split.reader(section, code.split, DTYPE_BY_NAME[code.kind], k)
+        return lambda start, stop: widen(inner(start, stop), code.kind)
+    values = np.frombuffer(section, "<u2")
+    return lambda start, stop: widen(values[start:stop], code.kind)
