@@ -9,18 +9,23 @@ Pruning", and the released code where the paper is silent.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from sparsekit import prune
 from sparsekit.codec import decode, decode_masks, encode
+from sparsekit.codec.core import Level, Values
 from sparsekit.errors import CodecError, TemplateError
 from sparsekit.fed.config import RunConfig
 from sparsekit.fed.plan import TASK_EVALUATE, TASK_TRAIN, TrainPlan, build_model, plan_for
 from sparsekit.fed.seeds import derive_seed
 from sparsekit.schedule import PolynomialSchedule
 from sparsekit.types import Masks, Size3, State
+
+# Beyond it, a number rounds to infinity.
+_MOST_FP16 = 65_504.0
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,17 @@ def scheduled_sparsity(config: RunConfig, round_number: int) -> float | None:
     return sparsity if sparsity > 0 else None
 
 
-def plan_round(state: ServerState, config: RunConfig) -> tuple[TrainPlan, bytes]:
+@dataclass(frozen=True)
+class Order:
+    """What the server sends in a round."""
+
+    plan: TrainPlan
+    payload: bytes
+    sent: ServerState
+    """The state as the sites decode it: the base of their replies."""
+
+
+def plan_round(state: ServerState, config: RunConfig) -> Order:
     """Return the work order of the next round and the payload that goes with it.
 
     After the last round the order is to evaluate only: the sites receive the final model.
@@ -126,7 +141,21 @@ def plan_round(state: ServerState, config: RunConfig) -> tuple[TrainPlan, bytes]
         masked=state.masks is not None,
         local_sparsity=scheduled_sparsity(config, number) if local else None,
     )
-    return plan, encode(state.weights, masks=state.masks, round=number)
+    payload = encode_model(state.weights, plan, masks=state.masks)
+    lossless = config.values == "lossless"
+    sent = state if lossless else replace(state, weights=decode(payload, template=state.weights))
+    return Order(plan, payload, sent)
+
+
+def encode_model(
+    weights: State, plan: TrainPlan, *, masks: Masks | None, base: State | None = None
+) -> bytes:
+    """Encode a model as the round's work order says, losslessly if its numbers do not fit."""
+    values = cast(Values, plan.values)
+    if values == "fp16" and any(bool((w.abs() > _MOST_FP16).any()) for w in weights.values()):
+        values = "lossless"
+    level = cast(Level, plan.level)
+    return encode(weights, masks=masks, base=base, round=plan.round, values=values, level=level)
 
 
 def local_masks(model_weights: State, plan: TrainPlan, within: Masks | None) -> dict[str, Tensor]:

@@ -7,10 +7,11 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
+from sparsekit.codec.core import Level, Values
 from sparsekit.errors import UsageError
 from sparsekit.types import Size3
 
@@ -20,6 +21,8 @@ SCOPES = ("global", "layer", "erk")
 NORMALISATIONS = ("brain-zscore", "volume-zscore", "percentile")
 OPTIMIZERS = ("sgd", "adamw")
 LR_SCHEDULES = ("constant", "cosine")
+VALUES = get_args(Values)
+LEVELS = get_args(Level)
 
 # Conv grids of the Montreal space at the two resolutions that the cohort generator writes.
 GRIDS: dict[int, Size3] = {2: (91, 109, 91), 4: (46, 55, 46)}
@@ -75,6 +78,11 @@ class RunConfig:
         How scans are read and which are held out.
     evaluate_every : int
         Evaluate the model of every so many rounds on held-out people; the last one's always.
+    values : {"lossless", "bf16", "fp16"}
+        Precision of the weights that travel, both ways. Numbers that fp16 cannot hold make that
+        payload lossless.
+    level : {"fast", "balanced", "small"}
+        Speed against bytes of the codec.
     quorum : float
         Fraction of the sites that must reply for a round to count.
     engine, threads, device, seed
@@ -114,6 +122,8 @@ class RunConfig:
     on_problem: str = "refuse"
     test_fraction: float = 0.25
     evaluate_every: int = 1
+    values: Values = "lossless"
+    level: Level = "balanced"
     quorum: float = 0.5
     engine: str = "inprocess"
     threads: int = 2
@@ -130,6 +140,8 @@ class RunConfig:
         _choice("normalisation", self.normalisation, NORMALISATIONS)
         _choice("optimizer", self.optimizer, OPTIMIZERS)
         _choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
+        _choice("values", self.values, VALUES)
+        _choice("level", self.level, LEVELS)
         _choice("on_problem", self.on_problem, ("refuse", "skip"))
         _choice("device", self.device, ("cpu", "cuda"))
         for name in ("rounds", "epochs", "batch", "prune_every", "evaluate_every"):
@@ -269,7 +281,8 @@ def make_config(*layers: Mapping[str, Any]) -> RunConfig:
 
 
 def _as_type(name: str, value: Any, hint: Any) -> Any:
-    kinds = get_args(hint) or (hint,)
+    # Settings with named values are checked by RunConfig itself.
+    kinds = (str,) if get_origin(hint) is Literal else get_args(hint) or (hint,)
     if value is None and type(None) in kinds:
         return None
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):

@@ -50,6 +50,8 @@ class TrainPlan:
     scope: str
     min_per_filter: int
     paper: bool
+    values: str
+    level: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +170,8 @@ def plan_for(
         scope=config.scope,
         min_per_filter=config.min_per_filter,
         paper=config.paper,
+        values=config.values,
+        level=config.level,
     )
 
 

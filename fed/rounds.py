@@ -9,6 +9,7 @@ from sparsekit.errors import BaseMismatchError, CodecError, RunError, TemplateEr
 from sparsekit.fed import messages
 from sparsekit.fed.algorithm import (
     NonFiniteUpdateError,
+    Order,
     ServerState,
     Update,
     aggregate,
@@ -66,7 +67,8 @@ def play_round(
     RunError
         If fewer sites than the quorum gave a usable reply.
     """
-    plan, payload = plan_round(state, config)
+    order = plan_round(state, config)
+    plan, payload = order.plan, order.payload
     request = messages.pack(to_control(plan), payload)
     dense_bytes = 4 * sum(tensor.numel() for tensor in state.weights.values())
     replies = engine.exchange(dict.fromkeys(hellos, request), answered)
@@ -88,7 +90,7 @@ def play_round(
         )
         reply = replies[site]
         data, seconds = (b"", 0.0) if isinstance(reply, Failure) else (reply.data, reply.seconds)
-        verdict = reply if isinstance(reply, Failure) else _judge(data, plan, state, hellos[site])
+        verdict = reply if isinstance(reply, Failure) else _judge(data, order, hellos[site])
         if isinstance(verdict, Failure):
             failures[site] = verdict
         else:
@@ -125,8 +127,9 @@ def _payload_bytes(data: bytes) -> int:
         return 0
 
 
-def _judge(data: bytes, plan: TrainPlan, sent: ServerState, hello: Hello) -> Answer | Failure:
+def _judge(data: bytes, order: Order, hello: Hello) -> Answer | Failure:
     """Check a reply from end to end; whatever is wrong costs this site this round only."""
+    plan = order.plan
     try:
         message = messages.unpack(data)
         report = from_control(Report, message.control)
@@ -138,7 +141,7 @@ def _judge(data: bytes, plan: TrainPlan, sent: ServerState, hello: Hello) -> Ans
             )
         if plan.task != TASK_TRAIN:
             return Answer(report=report, update=None)
-        update = read_update(message.payload, plan=plan, sent=sent, n_train=hello.n_train)
+        update = read_update(message.payload, plan=plan, sent=order.sent, n_train=hello.n_train)
         return Answer(report=report, update=update)
     except BaseMismatchError as error:
         return Failure("stale-base", str(error))

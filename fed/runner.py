@@ -5,14 +5,20 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
 
-from sparsekit.codec import encode
 from sparsekit.errors import CohortError, RunError, SparsekitError, SparsekitWarning, UsageError
 from sparsekit.fed import checkpoint, messages
-from sparsekit.fed.algorithm import ServerState, initial_state, is_prunable
+from sparsekit.fed.algorithm import (
+    ServerState,
+    encode_model,
+    initial_state,
+    is_prunable,
+    plan_round,
+)
 from sparsekit.fed.checkpoint import Checkpoint, resume_command
 from sparsekit.fed.config import RunConfig, dump_config, load_config_file, make_config
 from sparsekit.fed.engines.base import Engine
@@ -243,7 +249,9 @@ def _loop(
             Checkpoint(server, history, ledger.size_bytes, seconds, saved.contents),
             keep=config.keep_checkpoints,
         )
-    model = encode(server.weights, masks=server.masks, round=server.round)
+    # As the sites received it at the end, for that is what they evaluated.
+    plan = replace(plan_round(server, config).plan, round=server.round)
+    model = encode_model(server.weights, plan, masks=server.masks)
     write_atomically(run / MODEL_FILE, model)
     return Checkpoint(server, history, ledger.size_bytes, seconds, saved.contents)
 

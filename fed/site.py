@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from sparsekit import flops, nn
-from sparsekit.codec import decode, decode_masks, encode
+from sparsekit.codec import decode, decode_masks
 from sparsekit.fed import messages
-from sparsekit.fed.algorithm import local_masks, maskable_names
+from sparsekit.fed.algorithm import encode_model, local_masks, maskable_names
 from sparsekit.fed.plan import TASK_TRAIN, Hello, Report, TrainPlan, build_model, from_control
 from sparsekit.fed.plan import to_control as as_control
 from sparsekit.fed.storage import write_atomically
@@ -158,7 +158,7 @@ class Site:
             }
         # The received model is a base that both ends hold: an unchanged mask costs no bytes.
         base = received if masks is not None else None
-        return encode(updated, masks=masks, base=base, round=plan.round)
+        return encode_model(updated, plan, masks=masks, base=base)
 
     def _store_predictions(
         self,

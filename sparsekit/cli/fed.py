@@ -48,6 +48,10 @@ def run_command(
     on_problem: Annotated[
         str | None, typer.Option(help="refuse (default) or skip scans that cannot be used.")
     ] = None,
+    values: Annotated[
+        str | None, typer.Option(help="Weights that travel: lossless | bf16 | fp16")
+    ] = None,
+    level: Annotated[str | None, typer.Option(help="Of the codec: fast | balanced | small")] = None,
     engine: Annotated[str | None, typer.Option(help="inprocess")] = None,
     threads: Annotated[int | None, typer.Option(help="Computing threads in all.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu | cuda")] = None,
@@ -82,6 +86,8 @@ def run_command(
         "resolution": resolution,
         "normalisation": normalisation,
         "on_problem": on_problem,
+        "values": values,
+        "level": level,
         "engine": engine,
         "threads": threads,
         "device": device,

@@ -19,6 +19,7 @@ from sparsekit.codec.codes import RiceCode, choose_rice, parse_rice, parse_split
 from sparsekit.codec.positions import CHUNK
 from sparsekit.codec.records import DTYPE_BY_NAME
 from sparsekit.errors import FormatError
+from tests.codec import test_codec_page as page
 from tests.codec.test_codec_hostile import FLOAT32, Forged, Payload, refused
 
 RICE, SPLIT = 3, 1
@@ -170,6 +171,51 @@ def rice_record(n: int, section: bytes, k: int, parameter: int) -> Forged:
         section, struct.pack(f"<{k}f", *range(1, k + 1)), k=k, shape=(n,), mask_code=RICE,
         params=bytes([parameter]),
     )  # fmt: skip
+
+
+@settings(max_examples=400)
+@given(st.integers(1, 40), st.data(), st.integers(0, 255), st.binary(min_size=1, max_size=8))
+def test_rice_sections_are_taken_exactly_where_the_page_takes_them(
+    n: int, data: st.DataObject, parameter: int, section: bytes
+) -> None:
+    k = data.draw(st.integers(0, n))
+    payload = Payload((rice_record(n, section, k, parameter),)).bytes()
+    try:
+        wanted = page.read_rice(section, n, k, parameter)
+    except page.Refused:
+        wanted = None
+    if wanted is None or len(wanted) != k:
+        with pytest.raises(FormatError):
+            codec.decode(payload)
+        with pytest.raises(FormatError):
+            codec.decode_masks(payload)
+    else:
+        assert codec.decode_masks(payload)["w"].nonzero().flatten().tolist() == wanted
+        assert codec.decode(payload)["w"][wanted].tolist() == list(range(1, k + 1))
+
+
+@settings(max_examples=200)
+@given(
+    st.sampled_from([0, 2, 3]),
+    st.binary(min_size=3, max_size=3 * 4),
+    st.binary(min_size=6, max_size=6),
+)
+def test_split_sections_are_taken_exactly_where_the_page_takes_them(
+    dtype: int, section: bytes, parameters: bytes
+) -> None:
+    parameters = bytes([parameters[0] % 3, parameters[1], parameters[2] % 5, 0, 0, 0])
+    record = Forged(b"", section, k=3, shape=(3,), value_code=SPLIT, params=parameters, dtype=dtype)
+    payload = Payload((record,)).bytes()
+    try:
+        wanted = page.read_split(section, dtype, 3, parameters)
+    except (page.Refused, zstandard.ZstdError):
+        with pytest.raises(FormatError):
+            codec.decode(payload)
+        return
+    found = codec.decode(payload)["w"]
+    whole = {4: torch.int32, 2: torch.int16}[found.element_size()]
+    bits = [b % 2 ** (8 * found.element_size()) for b in found.view(whole).tolist()]
+    assert bits == wanted
 
 
 # Positions 1 and 4 of 6 with r = 1: gaps 1 and 2, low bits 1 and 0, quotients 0 and 1.

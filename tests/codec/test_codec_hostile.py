@@ -348,10 +348,11 @@ forged = st.builds(
     values=st.binary(max_size=24),
     k=st.one_of(st.integers(0, 24), st.integers(0, 2**64 - 1)),
     shape=st.lists(numbers, max_size=4).map(tuple),
-    mask_code=st.sampled_from([DENSE, ALL_ZERO, BITMAP, SAME, CSR, 3, 130]),
-    value_code=st.sampled_from([0, 0, 0, 0, 1, 130]),
+    mask_code=st.sampled_from([DENSE, ALL_ZERO, BITMAP, SAME, CSR, 3, 4, 6, 130]),
+    value_code=st.sampled_from([0, 0, 0, 0, 1, 2, 3, 130]),
     dtype=st.integers(0, 10),
     name=st.binary(max_size=4),
+    params=st.one_of(st.just(b""), st.binary(max_size=8)),
 )
 
 

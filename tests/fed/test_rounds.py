@@ -7,7 +7,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from sparsekit.codec import encode
+from sparsekit.codec import decode, encode
+from sparsekit.codec.core import Values
 from sparsekit.fed import messages
 from sparsekit.fed.algorithm import ServerState, aggregate, initial_state, plan_round, read_update
 from sparsekit.fed.config import RunConfig
@@ -71,6 +72,23 @@ def hellos(*sites: str) -> dict[str, Hello]:
         )
         for i, site in enumerate(sites, start=1)
     }
+
+
+@pytest.mark.parametrize("values", ["lossless", "bf16", "fp16"])
+def test_the_base_of_replies_is_what_the_sites_decode(state: ServerState, values: Values) -> None:
+    order = plan_round(state, dataclasses.replace(CONFIG, values=values))
+    decoded = decode(order.payload)
+    assert set(decoded) == set(order.sent.weights)
+    assert all(torch.equal(order.sent.weights[name], w) for name, w in decoded.items())
+    exact = all(torch.equal(state.weights[name], w) for name, w in decoded.items())
+    assert exact == (values == "lossless")
+
+
+def test_what_fp16_cannot_hold_travels_losslessly(state: ServerState) -> None:
+    name = next(iter(state.weights))
+    state.weights[name].view(-1)[0] = 1e5
+    order = plan_round(state, dataclasses.replace(CONFIG, values="fp16"))
+    assert all(torch.equal(state.weights[n], w) for n, w in decode(order.payload).items())
 
 
 def good(state: ServerState, site: str, shift: float) -> bytes:
@@ -160,7 +178,7 @@ def test_too_few_replies_end_the_round_with_its_account(state: ServerState) -> N
 
 
 def test_global_pruning_starts_after_the_start_round(state: ServerState) -> None:
-    plan, _ = plan_round(state, CONFIG)
+    plan = plan_round(state, CONFIG).plan
     update = read_update(encode(state.weights), plan=plan, sent=state, n_train=5)
     first = aggregate(state, {"a": update}, CONFIG)
     assert first.masks is None
@@ -175,7 +193,7 @@ def test_global_pruning_starts_after_the_start_round(state: ServerState) -> None
 def test_local_votes_decide(state: ServerState) -> None:
     config = dataclasses.replace(CONFIG, strategy="fedsparsify-local")
     state = dataclasses.replace(state, round=1)
-    plan, _ = plan_round(state, config)
+    plan = plan_round(state, config).plan
     assert plan.local_sparsity is not None
     names = [name for name, t in state.weights.items() if t.ndim == 5]
     random = np.random.default_rng(1)
@@ -203,7 +221,7 @@ def test_local_votes_decide(state: ServerState) -> None:
 def test_a_vote_leaves_no_filter_empty(state: ServerState) -> None:
     config = dataclasses.replace(CONFIG, strategy="fedsparsify-local")
     state = dataclasses.replace(state, round=1)
-    plan, _ = plan_round(state, config)
+    plan = plan_round(state, config).plan
     name = "blocks.0.conv.weight"
     updates = {}
     for number, site in enumerate("abcdef"):
@@ -226,7 +244,7 @@ def test_a_vote_leaves_no_filter_empty(state: ServerState) -> None:
 
 
 def test_records_survive_json() -> None:
-    plan = plan_round(initial_state(CONFIG, in_shape=SHAPE, mean_age=61.5), CONFIG)[0]
+    plan = plan_round(initial_state(CONFIG, in_shape=SHAPE, mean_age=61.5), CONFIG).plan
     again = from_control(TrainPlan, messages.unpack(messages.pack(to_control(plan))).control)
     assert again == plan
     one = from_control(Report, report("a", 1))

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from sparsekit.codec import decode, decode_masks
+from sparsekit.codec import decode, decode_masks, inspect
+from sparsekit.codec.core import Values
 from sparsekit.errors import CohortError, RunError, UsageError
 from sparsekit.fed import rounds, runner
 from sparsekit.fed.config import RunConfig
@@ -98,7 +99,40 @@ def test_masks_are_nested_from_round_to_round(
         previous = masks
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "fedsparsify-global", "fedsparsify-local"])
+@pytest.mark.parametrize("values", ["bf16", "fp16"])
+def test_weights_travel_in_16_bits(
+    tiny_cohort: Path, tiny_cache: Path, tmp_path: Path, finished: Path, values: Values
+) -> None:
+    run = tmp_path / "r"
+    result = start_run(make(tiny_cohort, values=values), run, cache=tiny_cache)
+    lossless = json.loads((finished / "result.json").read_text())
+    for direction in ("down", "up"):
+        ours, theirs = (r["bytes"][direction]["payload"] for r in (result, lossless))
+        assert ours < 0.75 * theirs
+    payload = (run / "model.spu").read_bytes()
+    assert inspect(payload).round == 3
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[values]
+    weights, masks = decode(payload), decode_masks(payload)
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, tensor.to(kind).float())
+        assert not tensor[~masks[name]].any()
+    assert result["sparsity"]["prunable"] == lossless["sparsity"]["prunable"]
+    assert 0 < result["accuracy"]["test_mae"] < 60
+
+
+def test_a_fast_level_costs_bytes_and_changes_nothing_else(
+    tiny_cohort: Path, tiny_cache: Path, tmp_path: Path, finished: Path
+) -> None:
+    start_run(make(tiny_cohort, level="fast"), tmp_path / "r", cache=tiny_cache)
+    fast, balanced = ((p / "model.spu").read_bytes() for p in (tmp_path / "r", finished))
+    assert len(fast) > len(balanced)
+    wanted = decode(balanced)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in decode(fast).items())
+
+
+@pytest.mark.parametrize(
+    "strategy", ["fedavg", "fedsparsify-global", "fedsparsify-local", "fedsparsify-global bf16"]
+)
 @pytest.mark.parametrize("crash_after", [0, 1, 2])
 def test_resume_ends_bit_identical(
     tiny_cohort: Path,
@@ -109,7 +143,8 @@ def test_resume_ends_bit_identical(
     crash_after: int,
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    config = make(tiny_cohort, strategy=strategy)
+    name, *values = strategy.split()
+    config = make(tiny_cohort, strategy=name, values=values[0] if values else "lossless")
     start_run(config, whole, cache=tiny_cache)
 
     play_round = rounds.play_round
