@@ -16,7 +16,7 @@ from sparsekit.errors import UsageError
 from sparsekit.types import Size3
 
 STRATEGIES = ("centralized", "fedavg", "fedsparsify-global", "fedsparsify-local")
-ENGINES = ("inprocess",)
+ENGINES = ("inprocess", "processes")
 SCOPES = ("global", "layer", "erk")
 NORMALISATIONS = ("brain-zscore", "volume-zscore", "percentile")
 OPTIMIZERS = ("sgd", "adamw")
@@ -86,7 +86,10 @@ class RunConfig:
     quorum : float
         Fraction of the sites that must reply for a round to count.
     engine, threads, device, seed
-        Where it runs. ``threads`` is the total over all sites trained at the same time.
+        Where it runs: all sites in one process, or each in its own with TCP to the server.
+        ``threads`` is the total over all sites trained at the same time.
+    deadline : float
+        Seconds within which a site's process must have replied; a later one is out for the round.
     keep_checkpoints : int
         How many of the newest checkpoints stay on disk; 0 keeps every round's.
     """
@@ -126,6 +129,7 @@ class RunConfig:
     level: Level = "balanced"
     quorum: float = 0.5
     engine: str = "inprocess"
+    deadline: float = 3600.0
     threads: int = 2
     device: str = "cpu"
     seed: int = 0
@@ -161,7 +165,7 @@ class RunConfig:
         _in_range("lr_final_fraction", self.lr_final_fraction, 0.0, 1.0)
         _in_range("quorum", self.quorum, 0.0, 1.0)
         _in_range("test_fraction", self.test_fraction, 0.0, 1.0, open_below=True, open_above=True)
-        for name in ("lr", "age_scale"):
+        for name in ("lr", "age_scale", "deadline"):
             _in_range(name, getattr(self, name), 0.0, None, open_below=True)
         # 16 makes 750 million weights; far beyond, building the network exhausts the memory.
         _in_range("width", self.width, 0.0, 16.0, open_below=True)

@@ -68,13 +68,16 @@ def message_row(
     message_bytes: int,
     payload_bytes: int,
     travels: bool,
+    frame_bytes: int = 0,
     seconds: float = 0.0,
     flops_counted: int = 0,
     flops_executed: int = 0,
 ) -> LedgerRow:
     """Split a packed message of ``message_bytes`` into its named levels."""
-    framing = min(FRAMING_BYTES, message_bytes) if travels else 0
-    total = message_bytes if travels else 0
+    # No message, no frame: a site that is gone sends neither.
+    frame = frame_bytes if message_bytes else 0
+    framing = frame + min(FRAMING_BYTES, message_bytes) if travels else 0
+    total = frame + message_bytes if travels else 0
     payload = payload_bytes if travels else 0
     return LedgerRow(
         round=round_number,

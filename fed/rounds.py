@@ -86,6 +86,7 @@ def play_round(
                 message_bytes=len(request),
                 payload_bytes=len(payload),
                 travels=engine.travels,
+                frame_bytes=engine.frame_bytes,
             )
         )
         reply = replies[site]
@@ -107,6 +108,7 @@ def play_round(
                 message_bytes=len(data),
                 payload_bytes=_payload_bytes(data),
                 travels=engine.travels,
+                frame_bytes=engine.frame_bytes,
                 seconds=seconds,
                 flops_counted=report.flops_counted if report else 0,
                 flops_executed=report.flops_executed if report else 0,

@@ -3,7 +3,7 @@
 import fcntl
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -23,17 +23,19 @@ from sparsekit.fed.checkpoint import Checkpoint, resume_command
 from sparsekit.fed.config import RunConfig, dump_config, load_config_file, make_config
 from sparsekit.fed.engines.base import Engine
 from sparsekit.fed.engines.inprocess import InProcessEngine
+from sparsekit.fed.engines.processes import ProcessesEngine, SiteProcess
 from sparsekit.fed.ledger import OUTCOME_OK, Ledger, message_row
 from sparsekit.fed.plan import Hello, from_control
 from sparsekit.fed.prepare import pool_sites, prepare_sites
 from sparsekit.fed.result import summarize
 from sparsekit.fed.rounds import QuorumError, evaluation, layer_sparsity, play_round, sum_bytes
-from sparsekit.fed.site import Site
+from sparsekit.fed.site import Site, SitePeople
 from sparsekit.fed.storage import write_atomically, write_json
 
 CONFIG_FILE = "config.toml"
 LEDGER_FILE = "ledger.jsonl"
 LOCK_FILE = ".lock"
+CONNECTIONS_FILE = "connections.json"
 MODEL_FILE = "model.spu"
 RESULT_FILE = "result.json"
 
@@ -176,24 +178,40 @@ def _play(config: RunConfig, run: Path, cache: Path, watcher: Watcher) -> dict[s
             sites = prepared.sites
             for problem in prepared.skipped:
                 watcher.notice(f"skipped {problem.path}: {problem.detail}")
-            pooled = config.strategy == "centralized"
-            engine = InProcessEngine(
-                [
-                    Site(people, folder=site_folder(run, people.name), device=config.device)
-                    for people in ([pool_sites(sites)] if pooled else sites)
-                ],
-                threads=config.threads,
-                travels=not pooled,
-            )
+            engine = _engine(config, run, cache, sites)
             try:
                 final = _loop(config, run, engine, prepared.resolution, watcher)
             finally:
                 engine.close()
+                if isinstance(engine, ProcessesEngine):
+                    write_json(run / CONNECTIONS_FILE, engine.closed)
             result = summarize(config, run, final, prepared)
             write_json(run / RESULT_FILE, result)
             return result
     except KeyboardInterrupt:
         raise InterruptedRunError(f"interrupted; continue with {resume_command(run)}") from None
+
+
+def _engine(
+    config: RunConfig, run: Path, cache: Path, sites: Sequence[SitePeople]
+) -> InProcessEngine | ProcessesEngine:
+    pooled = config.strategy == "centralized"
+    if config.engine == "processes" and not pooled:
+        return ProcessesEngine(
+            [SiteProcess(s.name, len(s.train), site_folder(run, s.name)) for s in sites],
+            run=run,
+            cache=cache,
+            threads=config.threads,
+            deadline=config.deadline,
+        )
+    return InProcessEngine(
+        [
+            Site(people, folder=site_folder(run, people.name), device=config.device)
+            for people in ([pool_sites(sites)] if pooled else sites)
+        ],
+        threads=config.threads,
+        travels=not pooled,
+    )
 
 
 def _loop(
@@ -310,6 +328,7 @@ def _first_checkpoint(
             message_bytes=len(raw_hellos[site]),
             payload_bytes=0,
             travels=engine.travels,
+            frame_bytes=engine.frame_bytes,
         )
         for site in hellos
     ]

@@ -32,6 +32,11 @@ class Engine(Protocol):
         """Whether messages would leave the machine of the data in a real federation."""
         ...
 
+    @property
+    def frame_bytes(self) -> int:
+        """What the engine itself adds to each message on its way."""
+        ...
+
     def hello(self) -> dict[str, bytes]:
         """Return every site's introduction."""
         ...

@@ -26,6 +26,8 @@ class InProcessEngine:
         False when the "sites" are one pooled data set, whose messages need not be sent.
     """
 
+    frame_bytes = 0
+
     def __init__(self, sites: Sequence[Site], *, threads: int, travels: bool = True) -> None:
         self._sites = {site.data.name: site for site in sites}
         self._travels = travels

@@ -52,7 +52,12 @@ def run_command(
         str | None, typer.Option(help="Weights that travel: lossless | bf16 | fp16")
     ] = None,
     level: Annotated[str | None, typer.Option(help="Of the codec: fast | balanced | small")] = None,
-    engine: Annotated[str | None, typer.Option(help="inprocess")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="inprocess | processes (one a site, over TCP)")
+    ] = None,
+    deadline: Annotated[
+        float | None, typer.Option(help="Seconds in which a site's process must reply.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Computing threads in all.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu | cuda")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same bits.")] = None,
@@ -89,6 +94,7 @@ def run_command(
         "values": values,
         "level": level,
         "engine": engine,
+        "deadline": deadline,
         "threads": threads,
         "device": device,
         "seed": seed,

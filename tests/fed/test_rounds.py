@@ -40,6 +40,7 @@ class Scripted:
     """An engine whose sites answer what the test says."""
 
     travels = True
+    frame_bytes = 0
 
     def __init__(self, replies: Mapping[str, bytes | Failure]) -> None:
         self.replies = replies
