@@ -76,20 +76,21 @@ def play_round(
     answers: dict[str, Answer] = {}
     failures: dict[str, Failure] = {}
     for site in sorted(hellos):
+        reply = replies[site]
+        delivered = reply.delivered if isinstance(reply, Failure) else True
         rows.append(
             message_row(
                 round_number=plan.round,
                 client=site,
                 direction="down",
                 outcome=OUTCOME_OK,
-                dense_equivalent_bytes=dense_bytes,
-                message_bytes=len(request),
-                payload_bytes=len(payload),
+                dense_equivalent_bytes=dense_bytes if delivered else 0,
+                message_bytes=len(request) if delivered else 0,
+                payload_bytes=len(payload) if delivered else 0,
                 travels=engine.travels,
                 frame_bytes=engine.frame_bytes,
             )
         )
-        reply = replies[site]
         data, seconds = (b"", 0.0) if isinstance(reply, Failure) else (reply.data, reply.seconds)
         verdict = reply if isinstance(reply, Failure) else _judge(data, order, hellos[site])
         if isinstance(verdict, Failure):

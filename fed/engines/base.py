@@ -22,6 +22,8 @@ class Failure:
 
     outcome: str
     detail: str
+    delivered: bool = True
+    """Whether the request went out at all."""
 
 
 class Engine(Protocol):

@@ -140,7 +140,7 @@ class ProcessesEngine:
         with self._changed:
             connection = self._connections.get(name)
         if connection is None:
-            return Failure("dead", "its process is gone")
+            return Failure("dead", "its process is gone", delivered=False)
         # A reply holds a model as the request does, coded in another way or not at all.
         most = 16 * len(request) + (1 << 24)
         try:
@@ -220,6 +220,8 @@ class ProcessesEngine:
             name = str(messages.unpack(hello).control.get("site")) if known else ""
             if frame.kind != HELLO or name not in self._sites:
                 raise BrokenFrameError("no site of this run")
+            if self._hellos.get(name, hello) != hello:
+                raise BrokenFrameError("it introduces itself with other people than before")
         except (BrokenFrameError, CodecError, EOFError, OSError):
             connection.close()
             return

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
@@ -28,7 +29,7 @@ from sparsekit.fed.engines.framed import (
     BrokenFrameError,
     Connection,
 )
-from sparsekit.fed.engines.processes import ProcessesEngine
+from sparsekit.fed.engines.processes import ProcessesEngine, SiteProcess
 from sparsekit.fed.ledger import Ledger, LedgerRow
 from sparsekit.fed.runner import Silent, resume_run, start_run
 
@@ -275,3 +276,27 @@ def test_strangers_are_not_let_in(tmp_path: Path) -> None:
         engine.close()
     assert engine.closed == []
     assert isinstance(engine._ask("a", b""), Failure)
+
+
+def test_a_site_that_comes_back_with_other_people_is_refused(tmp_path: Path) -> None:
+    site = SiteProcess("a", 1, tmp_path)
+    engine = ProcessesEngine([site], run=tmp_path, cache=tmp_path, threads=1, deadline=1.0)
+    peers = []
+    try:
+        for people in (1, 2):
+            peer = Connection(socket.create_connection(engine._listener.getsockname()))
+            peers.append(peer)
+            hello = messages.pack({"site": "a", "n_train": people})
+            peer.send(1, engine._secret.encode() + hello)
+            end = time.monotonic() + 10
+            while "a" not in engine._connections and time.monotonic() < end:
+                time.sleep(0.01)
+        with pytest.raises((EOFError, ConnectionError)):
+            peers[1].receive(most=100, until=time.monotonic() + 5)
+        assert set(engine._connections) == {"a"}
+        peers[0].close()
+        assert engine._ask("a", b"x") == Failure("dead", ANY)
+    finally:
+        for peer in peers:
+            peer.close()
+        engine.close()

@@ -250,3 +250,18 @@ def test_records_survive_json() -> None:
     assert again == plan
     one = from_control(Report, report("a", 1))
     assert from_control(Report, to_control(one)) == one
+
+
+def test_what_was_never_sent_counts_no_bytes(state: ServerState) -> None:
+    engine = Scripted(
+        {
+            "a": good(state, "a", 0.1),
+            "b": Failure("dead", "gone", delivered=False),
+            "c": Failure("late", "slow"),
+        }
+    )
+    config = dataclasses.replace(CONFIG, quorum=0.3)
+    outcome = play_round(state, config, engine, hellos("a", "b", "c"), lambda _: None)
+    sent = {row.client: row.transport_bytes for row in outcome.rows if row.direction == "down"}
+    assert sent["b"] == 0
+    assert sent["a"] == sent["c"] > 0
