@@ -35,12 +35,12 @@ from sparsekit.fed.runner import Silent, resume_run, start_run
 
 SMALL: dict[str, Any] = {
     "resolution": 4, "rounds": 3, "epochs": 1, "batch": 2, "width": 0.05, "sparsity": 0.8,
-    "threads": 2, "seed": 3,
+    "threads": 2, "seed": 3, "engine": "processes",
 }  # fmt: skip
 
 
 def make(cohort: Path, **changes: Any) -> RunConfig:
-    return RunConfig(cohort=str(cohort), **(SMALL | {"engine": "processes"} | changes))
+    return RunConfig(cohort=str(cohort), **(SMALL | changes))
 
 
 def rows(run: Path) -> list[LedgerRow]:
