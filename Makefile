@@ -18,7 +18,7 @@ endef
 BENCH := build/bench-cpu
 BENCH_FILES ?= ceilings topk block process conv step
 
-.PHONY: help install demo demo-seeds trace fit-selector bench-cpu test check format clean
+.PHONY: help install demo demo-seeds trace fit-selector bench-cpu fuzz test check format clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -53,6 +53,9 @@ trace: $(STAMP) ## weights of a FedSparsify run after each of 40 rounds, for cod
 	$(BIN)/sparsekit cohort make build/trace/cohort $(DEMO_COHORT)
 	$(BIN)/sparsekit fed run --cohort build/trace/cohort --out build/trace/run --config examples/demo.toml --rounds 40 --epochs 1 --keep-checkpoints 0
 	@echo "Payloads: build/trace/run/checkpoints/round-*/model.spu"
+
+fuzz: $(STAMP) ## five million damaged payloads for the decoder (about 6 minutes); writes docs/results/fuzz.json
+	$(BIN)/python tools/fuzz_codec.py --executions 5000000 --write
 
 fit-selector: $(STAMP) ## measure convolutions here and fit the model behind backend="auto"; docs/results/selector.json
 	$(BIN)/python tools/fit_selector.py

@@ -101,6 +101,9 @@ class SplitCode:
         layout = LAYOUTS.get(dtype)
         if layout is None or not 1 <= self.first_len <= k:
             return None
+        # What is left of the mantissa has to fit into a byte beside the sign.
+        if not self.joined and layout.mantissa_bits - 8 * layout.low_bytes > 7:
+            return None
         fixed = self.first_len + k * layout.low_bytes
         return fixed + 1, fixed + k
 

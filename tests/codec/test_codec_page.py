@@ -161,6 +161,7 @@ def read_plane(section: bytes, k: int) -> bytes:
 def read_split(section: bytes, dtype: int, k: int, parameters: bytes) -> list[int]:
     mode, smallest, length = struct.unpack("<BBI", parameters)
     need(mode <= 1 and (mode == 1 or smallest == 0), "mode")
+    need(mode == 1 or dtype != 2, "float16 has mode 1")
     exponent_bits, mantissa_bits = FIELDS[dtype]
     low_bits = 16 if dtype == 0 else 0
     low_at = len(section) - k * low_bits // 8
