@@ -1,5 +1,6 @@
 """Which implementation a checked convolution takes, and the choices that were made before."""
 
+import sys
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,17 @@ def block(
         "conv_norm_pool_relu", x.device.type, backend, reference_only=why, decision=decision
     )
     return _record(choice, call, weight, mask, backend, kind)
+
+
+def call(run: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Run what was chosen; if it raises, nothing of the choice is left to the next call."""
+    try:
+        return run(*arguments, **options)
+    except BaseException:
+        plans = sys.modules.get("sparsekit.kernels.masked_conv3d.plan_cache")
+        if plans is not None:
+            plans.PlanCache.forget()
+        raise
 
 
 def why_only_reference(x: Tensor, weight: Tensor) -> str:

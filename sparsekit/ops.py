@@ -100,8 +100,8 @@ def masked_conv3d(
         kind = calls.kind_of(x, weight, mask, bias, settings)
         known = choosing.known(kind, mask, backend)
         if known is not None:
-            same: Tensor = known.run(
-                x, weight, mask, bias, known.shape, voxel_mask=None, precision=precision
+            same: Tensor = choosing.call(
+                known.run, x, weight, mask, bias, known.shape, voxel_mask=None, precision=precision
             )
             return same
     call = check_convolution(x, weight, mask, bias, stride, padding, dilation, groups)
@@ -112,8 +112,8 @@ def masked_conv3d(
     if voxel_mask is not None:
         voxel_mask = check_voxel_mask(voxel_mask, call.x, call.out)
     run = choosing.convolution(call, weight, mask, bias, backend, kind if call.x is x else None)
-    y: Tensor = run(
-        call.x, weight, mask, bias, call.shape, voxel_mask=voxel_mask, precision=precision
+    y: Tensor = choosing.call(
+        run, call.x, weight, mask, bias, call.shape, voxel_mask=voxel_mask, precision=precision
     )
     return y.squeeze(0) if x.ndim == 4 else y
 
@@ -161,7 +161,7 @@ def conv_norm_pool_relu(
     kind = calls.kind_of(x, weight, mask, bias, settings)
     known = choosing.known(kind, mask, backend)
     if known is not None:
-        same: Tensor = known.run(x, weight, mask, bias, known.shape, eps=eps)
+        same: Tensor = choosing.call(known.run, x, weight, mask, bias, known.shape, eps=eps)
         return same
     call = check_convolution(x, weight, mask, bias, stride, padding, dilation, groups)
     if x.ndim != 5 or min(call.out) < 2:
@@ -170,7 +170,7 @@ def conv_norm_pool_relu(
             f"along each axis, got shape {tuple(x.shape)} and output {call.out}"
         )
     run = choosing.block(call, weight, mask, bias, backend, kind if call.x is x else None)
-    y: Tensor = run(call.x, weight, mask, bias, call.shape, eps=eps)
+    y: Tensor = choosing.call(run, call.x, weight, mask, bias, call.shape, eps=eps)
     return y
 
 

@@ -160,6 +160,26 @@ def test_a_mask_changed_before_the_backward_pass_is_refused() -> None:
         y.sum().backward()
 
 
+def test_a_call_that_fails_leaves_nothing_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask, weight, x = some_mask(8, 6, 3, 3, 3), make(8, 6, 3, 3, 3), make(*LARGE)
+    for _ in range(2):
+        masked_conv3d(x, weight, mask)
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sparsekit.kernels.masked_conv3d.autograd._MaskedConv3d.apply", fail)
+        patch.setattr("sparsekit.kernels.masked_conv3d.dense.functional.conv3d", fail)
+        with pytest.raises(MemoryError):
+            masked_conv3d(x, weight, mask)
+    mask.logical_not_()
+    y = masked_conv3d(x, weight, mask, backend="cpu")
+    torch.testing.assert_close(
+        y, masked_conv3d(x, weight, mask, backend="reference"), rtol=1e-4, atol=1e-4
+    )
+
+
 def test_plans_go_with_their_mask() -> None:
     mask, weight = some_mask(4, 2, 3, 3, 3), make(4, 2, 3, 3, 3)
     gc.collect()
