@@ -1,6 +1,7 @@
 """The server loop: from a configuration to a finished run folder, resumable after any round."""
 
 import fcntl
+import json
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -184,12 +185,20 @@ def _play(config: RunConfig, run: Path, cache: Path, watcher: Watcher) -> dict[s
             finally:
                 engine.close()
                 if isinstance(engine, ProcessesEngine):
-                    write_json(run / CONNECTIONS_FILE, engine.closed)
+                    _keep_connections(run / CONNECTIONS_FILE, engine.closed)
             result = summarize(config, run, final, prepared)
             write_json(run / RESULT_FILE, result)
             return result
     except KeyboardInterrupt:
         raise InterruptedRunError(f"interrupted; continue with {resume_command(run)}") from None
+
+
+def _keep_connections(path: Path, closed: list[dict[str, Any]]) -> None:
+    """Add to the account of a run that was interrupted and goes on."""
+    before: list[dict[str, Any]] = []
+    with suppress(OSError, ValueError):
+        before = json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, [*before, *closed])
 
 
 def _engine(

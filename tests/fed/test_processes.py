@@ -158,8 +158,12 @@ def test_too_few_sites_end_the_run_which_resumes(
     with pytest.raises(Exception, match="quorum is 3"):
         start_run(config, broken, cache=tiny_cache, watcher=watcher)
     assert alive(broken) == []
+    before = connections(broken)
     resume_run(broken, cache=tiny_cache)
     assert (broken / "model.spu").read_bytes() == (whole / "model.spu").read_bytes()
+    account = connections(broken)
+    assert account[: len(before)] == before
+    assert sum(one["in_order"] for one in account[len(before) :]) == 3
 
 
 def test_sites_end_with_a_server_that_is_killed_and_the_run_resumes(
