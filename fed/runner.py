@@ -31,7 +31,7 @@ from sparsekit.fed.prepare import pool_sites, prepare_sites
 from sparsekit.fed.result import summarize
 from sparsekit.fed.rounds import QuorumError, evaluation, layer_sparsity, play_round, sum_bytes
 from sparsekit.fed.site import Site, SitePeople
-from sparsekit.fed.storage import write_atomically, write_json
+from sparsekit.fed.storage import remove_leftovers, write_atomically, write_json
 
 CONFIG_FILE = "config.toml"
 LEDGER_FILE = "ledger.jsonl"
@@ -175,6 +175,7 @@ def _exclusive(run: Path) -> Iterator[None]:
 def _play(config: RunConfig, run: Path, cache: Path, watcher: Watcher) -> dict[str, Any]:
     try:
         with _exclusive(run):
+            remove_leftovers(run)
             prepared = prepare_sites(config, cache, watcher.preparing)
             sites = prepared.sites
             for problem in prepared.skipped:

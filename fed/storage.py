@@ -32,6 +32,14 @@ def write_atomically(path: Path, data: bytes) -> None:
         _sync_folder(path.parent)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporaries of writers that were killed; none may be at work in ``folder``."""
+    for leftover in folder.rglob(".*.tmp"):
+        if leftover.is_file():
+            with suppress(FileNotFoundError):
+                leftover.unlink()
+
+
 @contextmanager
 def about(path: Path) -> Iterator[None]:
     """Let an error of the operating system name ``path``: a full disk names no file at all."""

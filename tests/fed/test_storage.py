@@ -12,7 +12,7 @@ from sparsekit.fed import checkpoint
 from sparsekit.fed.algorithm import ServerState
 from sparsekit.fed.checkpoint import Checkpoint
 from sparsekit.fed.ledger import Ledger, message_row
-from sparsekit.fed.storage import publish_folder, write_atomically, write_json
+from sparsekit.fed.storage import publish_folder, remove_leftovers, write_atomically, write_json
 
 
 def full_disk(*_: Any, **__: Any) -> None:
@@ -44,6 +44,25 @@ def test_an_interrupted_write_leaves_no_temporary(
     with pytest.raises(KeyboardInterrupt):
         write_atomically(tmp_path / "x", b"data")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_killed_writers_left_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "sites" / "a%20b"
+    folder.mkdir(parents=True)
+    kept = folder / "predictions.csv"
+    write_atomically(kept, b"data")
+    # A kill runs no clean-up.
+    monkeypatch.setattr(os, "fsync", full_disk)
+    monkeypatch.setattr(Path, "unlink", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(kept, b"new")
+    monkeypatch.undo()
+    assert len(list(folder.iterdir())) == 2
+    remove_leftovers(tmp_path)
+    assert list(folder.iterdir()) == [kept]
+    assert kept.read_bytes() == b"data"
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
