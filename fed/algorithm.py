@@ -17,15 +17,12 @@ from torch import Tensor
 from sparsekit import prune
 from sparsekit.codec import decode, decode_masks, encode
 from sparsekit.codec.core import Level, Values
-from sparsekit.errors import CodecError, TemplateError
+from sparsekit.errors import CodecError, TemplateError, ValueRangeError
 from sparsekit.fed.config import RunConfig
 from sparsekit.fed.plan import TASK_EVALUATE, TASK_TRAIN, TrainPlan, build_model, plan_for
 from sparsekit.fed.seeds import derive_seed
 from sparsekit.schedule import PolynomialSchedule
 from sparsekit.types import Masks, Size3, State
-
-# Beyond it, a number rounds to infinity.
-_MOST_FP16 = 65_504.0
 
 
 @dataclass(frozen=True)
@@ -151,11 +148,12 @@ def encode_model(
     weights: State, plan: TrainPlan, *, masks: Masks | None, base: State | None = None
 ) -> bytes:
     """Encode a model as the round's work order says, losslessly if its numbers do not fit."""
-    values = cast(Values, plan.values)
-    if values == "fp16" and any(bool((w.abs() > _MOST_FP16).any()) for w in weights.values()):
-        values = "lossless"
     level = cast(Level, plan.level)
-    return encode(weights, masks=masks, base=base, round=plan.round, values=values, level=level)
+    values = cast(Values, plan.values)
+    try:
+        return encode(weights, masks=masks, base=base, round=plan.round, values=values, level=level)
+    except ValueRangeError:
+        return encode(weights, masks=masks, base=base, round=plan.round, level=level)
 
 
 def local_masks(model_weights: State, plan: TrainPlan, within: Masks | None) -> dict[str, Tensor]:

@@ -165,8 +165,10 @@ class RunConfig:
         _in_range("lr_final_fraction", self.lr_final_fraction, 0.0, 1.0)
         _in_range("quorum", self.quorum, 0.0, 1.0)
         _in_range("test_fraction", self.test_fraction, 0.0, 1.0, open_below=True, open_above=True)
-        for name in ("lr", "age_scale", "deadline"):
+        for name in ("lr", "age_scale"):
             _in_range(name, getattr(self, name), 0.0, None, open_below=True)
+        # The system's clocks take no more than some hundred years of nanoseconds.
+        _in_range("deadline", self.deadline, 0.0, 1e6, open_below=True)
         # 16 makes 750 million weights; far beyond, building the network exhausts the memory.
         _in_range("width", self.width, 0.0, 16.0, open_below=True)
         if self.mean_age is not None:

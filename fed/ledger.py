@@ -69,16 +69,23 @@ def message_row(
     payload_bytes: int,
     travels: bool,
     frame_bytes: int = 0,
+    carried_bytes: int | None = None,
     seconds: float = 0.0,
     flops_counted: int = 0,
     flops_executed: int = 0,
 ) -> LedgerRow:
-    """Split a packed message of ``message_bytes`` into its named levels."""
+    """Split a packed message of ``message_bytes`` into its named levels.
+
+    Of one that was cut off ``carried_bytes`` travelled, the engine's frame with them; a message
+    ends with its payload.
+    """
     # No message, no frame: a site that is gone sends neither.
-    frame = frame_bytes if message_bytes else 0
-    framing = frame + min(FRAMING_BYTES, message_bytes) if travels else 0
-    total = frame + message_bytes if travels else 0
-    payload = payload_bytes if travels else 0
+    whole = frame_bytes + message_bytes if message_bytes else 0
+    total = whole if carried_bytes is None else carried_bytes
+    payload = max(0, payload_bytes - max(0, whole - total))
+    framing = min(total, frame_bytes + FRAMING_BYTES)
+    if not travels:
+        total = payload = framing = 0
     return LedgerRow(
         round=round_number,
         client=client,

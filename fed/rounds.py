@@ -77,18 +77,20 @@ def play_round(
     failures: dict[str, Failure] = {}
     for site in sorted(hellos):
         reply = replies[site]
-        delivered = reply.delivered if isinstance(reply, Failure) else True
+        lost = reply if isinstance(reply, Failure) else None
+        unsent = lost is not None and lost.sent_bytes == 0
         rows.append(
             message_row(
                 round_number=plan.round,
                 client=site,
                 direction="down",
-                outcome=OUTCOME_OK,
-                dense_equivalent_bytes=dense_bytes if delivered else 0,
-                message_bytes=len(request) if delivered else 0,
-                payload_bytes=len(payload) if delivered else 0,
+                outcome=lost.outcome if lost and unsent else OUTCOME_OK,
+                dense_equivalent_bytes=0 if unsent else dense_bytes,
+                message_bytes=len(request),
+                payload_bytes=len(payload),
                 travels=engine.travels,
                 frame_bytes=engine.frame_bytes,
+                carried_bytes=lost.sent_bytes if lost else None,
             )
         )
         data, seconds = (b"", 0.0) if isinstance(reply, Failure) else (reply.data, reply.seconds)
@@ -105,11 +107,12 @@ def play_round(
                 direction="up",
                 outcome=verdict.outcome if isinstance(verdict, Failure) else OUTCOME_OK,
                 # A reply to the final hand-out carries no model, sparse or dense.
-                dense_equivalent_bytes=dense_bytes if plan.task == TASK_TRAIN else 0,
+                dense_equivalent_bytes=dense_bytes if data and plan.task == TASK_TRAIN else 0,
                 message_bytes=len(data),
                 payload_bytes=_payload_bytes(data),
                 travels=engine.travels,
                 frame_bytes=engine.frame_bytes,
+                carried_bytes=lost.received_bytes if lost else None,
                 seconds=seconds,
                 flops_counted=report.flops_counted if report else 0,
                 flops_executed=report.flops_executed if report else 0,

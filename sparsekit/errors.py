@@ -14,6 +14,10 @@ class ArgumentError(SparsekitError, ValueError):
     """An argument has a wrong value, shape or combination."""
 
 
+class ValueRangeError(ArgumentError):
+    """Values are beyond the range of the type they should travel as."""
+
+
 class ArgumentTypeError(SparsekitError, TypeError):
     """An argument has a wrong type or dtype."""
 

@@ -1,6 +1,7 @@
 """The contract between the server loop and whatever carries its messages."""
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,8 +23,10 @@ class Failure:
 
     outcome: str
     detail: str
-    delivered: bool = True
-    """Whether the request went out at all."""
+    sent_bytes: int | None = None
+    """What of the request went out, with the engine's frame; None if all did."""
+    received_bytes: int = 0
+    """What came back all the same."""
 
 
 class Engine(Protocol):
@@ -52,3 +55,20 @@ class Engine(Protocol):
     def close(self) -> None:
         """Stop all work and let go of all resources."""
         ...
+
+
+def ask_all(
+    pool: ThreadPoolExecutor,
+    ask: Callable[[str, bytes], Reply | Failure],
+    requests: Mapping[str, bytes],
+    sizes: Mapping[str, int],
+    answered: Answered,
+) -> dict[str, Reply | Failure]:
+    """Ask every site on a pool of threads, the largest first: none idles behind it at the end."""
+    names = sorted(requests, key=lambda name: (-sizes[name], name))
+    waiting = {pool.submit(ask, name, requests[name]): name for name in names}
+    replies: dict[str, Reply | Failure] = {}
+    for future in as_completed(waiting):
+        replies[waiting[future]] = future.result()
+        answered(waiting[future])
+    return replies

@@ -105,12 +105,12 @@ class Connection:
             data += piece
         return bytes(data)
 
-    def counts(self) -> Counts:
-        """Compare with the operating system, once all that was sent has arrived."""
+    def counts(self, *, linger: bool = True) -> Counts:
+        """Compare with the operating system; with `linger` once all that was sent has arrived."""
         if not sys.platform.startswith("linux"):
             return Counts(self.sent, self.received, None, None)
         end = time.monotonic() + _LINGER_SECONDS
-        while self._unsent() and time.monotonic() < end:
+        while linger and self._unsent() and time.monotonic() < end:
             time.sleep(0.001)
         raw = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
         if len(raw) < _TCP_INFO_BYTES:

@@ -3,12 +3,12 @@
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from sparsekit.errors import CodecError, SparsekitError
-from sparsekit.fed.engines.base import Answered, Failure, Reply
+from sparsekit.fed.engines.base import Answered, Failure, Reply, ask_all
 from sparsekit.fed.site import Site
 
 
@@ -56,29 +56,17 @@ class InProcessEngine:
         self, requests: Mapping[str, bytes], answered: Answered
     ) -> dict[str, Reply | Failure]:
         """Let every addressed site handle its request; a damaged request is that site's failure."""
-        # The largest sites start first, so that no thread idles behind a long one at the end.
-        names = sorted(requests, key=lambda name: (-len(self._sites[name].data.train), name))
-        futures: dict[Future[Reply], str] = {
-            self._pool.submit(self._ask, name, requests[name]): name for name in names
-        }
-        replies: dict[str, Reply | Failure] = {}
-        waiting = set(futures)
-        while waiting:
-            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in done:
-                name = futures[future]
-                try:
-                    replies[name] = future.result()
-                except CodecError as error:
-                    replies[name] = Failure("corrupt", str(error))
-                except (SparsekitError, OSError) as error:
-                    replies[name] = Failure("dead", str(error))
-                answered(name)
-        return replies
+        sizes = {name: len(self._sites[name].data.train) for name in requests}
+        return ask_all(self._pool, self._ask, requests, sizes, answered)
 
-    def _ask(self, name: str, request: bytes) -> Reply:
+    def _ask(self, name: str, request: bytes) -> Reply | Failure:
         start = time.perf_counter()
-        data = self._sites[name].handle(request, self._stop.is_set)
+        try:
+            data = self._sites[name].handle(request, self._stop.is_set)
+        except CodecError as error:
+            return Failure("corrupt", str(error))
+        except (SparsekitError, OSError) as error:
+            return Failure("dead", str(error))
         return Reply(data, time.perf_counter() - start)
 
     def close(self) -> None:

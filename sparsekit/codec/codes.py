@@ -57,6 +57,8 @@ def choose_rice(n: int, k: int) -> tuple[RiceCode, int]:
     return RiceCode(best, k > n - k), -(-math.ceil(least) // 8)
 
 
+MOST_SPLIT = 2**32
+"""So many values are not split: the first plane's length has 32 bits."""
 SPLIT_PARAMETERS = struct.Struct("<BBI")
 HALF_BYTES = 1 + SPLIT_PARAMETERS.size
 """Parameters of 16-bit values: which kind, and those of a split section."""
@@ -99,7 +101,7 @@ class SplitCode:
     def length_range(self, dtype: str, k: int) -> tuple[int, int] | None:
         """Fewest and most bytes of a section of `k` values; None if there is none."""
         layout = LAYOUTS.get(dtype)
-        if layout is None or not 1 <= self.first_len <= k:
+        if layout is None or not 1 <= self.first_len <= k < MOST_SPLIT:
             return None
         # What is left of the mantissa has to fit into a byte beside the sign.
         if not self.joined and layout.mantissa_bits - 8 * layout.low_bytes > 7:

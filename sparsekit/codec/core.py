@@ -39,6 +39,7 @@ from sparsekit.errors import (
     BaseMismatchError,
     BudgetError,
     FormatError,
+    ValueRangeError,
 )
 
 Level: TypeAlias = Literal["fast", "balanced", "small"]
@@ -134,7 +135,7 @@ def _encode_one(
         if frame is not None and len(frame) < len(mask_parameters) + len(mask):
             code, mask_parameters, mask = MaskCode.BITMAP_ZSTD, b"", frame
     if kind is not None and dtype.name == "float32" and half.overflows(bits, kind):
-        raise ArgumentError(
+        raise ValueRangeError(
             f"values: {quote(name)} holds finite numbers beyond the range of {kind}; "
             "use 'lossless', or 'bf16', whose range is that of float32"
         )

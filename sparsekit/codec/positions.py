@@ -14,7 +14,7 @@ Bools: TypeAlias = npt.NDArray[np.bool_]
 Positions: TypeAlias = npt.NDArray[np.intp]
 
 # Masks are unpacked this many elements at a time: temporaries stay in the level-2 cache, and
-# decoding needs less than 1 MiB beside its result.
+# decoding needs less than 2 MiB beside its result, 1 MiB where nothing is compressed.
 CHUNK = 2**15
 
 

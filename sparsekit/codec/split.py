@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsekit.codec import frames
-from sparsekit.codec.codes import LAYOUTS, SplitCode
+from sparsekit.codec.codes import LAYOUTS, MOST_SPLIT, SplitCode
 from sparsekit.codec.records import DType
 from sparsekit.errors import FormatError
 
@@ -28,7 +28,7 @@ _TOP_BITS = 3
 def pack(bits: Bits, dtype: DType) -> tuple[SplitCode, memoryview] | None:
     """Section of values and its parameters; None where raw values are not larger."""
     layout = LAYOUTS.get(dtype.name)
-    if layout is None or not LEAST_VALUES <= bits.size < 2**32:
+    if layout is None or not LEAST_VALUES <= bits.size < MOST_SPLIT:
         return None
     exponents = (bits >> layout.mantissa_bits & (1 << layout.exponent_bits) - 1).astype(np.uint8)
     smallest = int(exponents.min())

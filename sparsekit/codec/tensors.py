@@ -316,6 +316,9 @@ def _elements_of(tensor: Tensor, name: str, argument: str) -> Elements:
     flat = tensor.detach().cpu().resolve_neg().contiguous().reshape(-1)
     as_int = getattr(torch, f"int{8 * dtype.itemsize}")
     bits = flat.view(as_int).numpy().view(f"u{dtype.itemsize}")
+    if dtype is BOOL and bits.size and bits.max() > 1:
+        # From another library's memory: to torch every byte but 0 is true.
+        bits = (bits != 0).view(np.uint8)
     return Elements(dtype, tuple(tensor.shape), bits)
 
 

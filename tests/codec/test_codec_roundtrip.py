@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsekit import codec
+from sparsekit.codec.core import Values
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
@@ -309,6 +310,32 @@ def test_base_digest_depends_on_content_alone() -> None:
     digests = {codec.base_digest(state) for state in [left, *others]}
     assert len(digests) == 1 + len(others)
     assert all(len(digest) == 16 for digest in digests)
+
+
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("values", ["lossless", "bf16", "fp16"])
+def test_decoding_compressed_values_takes_little_beside_them(values: Values, kept: float) -> None:
+    random = torch.Generator().manual_seed(3)
+    mask = torch.rand(2_000_000, generator=random) < kept
+    tensor = torch.randn(2_000_000, generator=random) * mask
+    payload = codec.encode({"w": tensor}, masks={"w": mask}, values=values, level="balanced")
+    tracemalloc.start()
+    try:
+        codec.decode(payload)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert 4 * tensor.numel() <= peak < 4 * tensor.numel() + 2**21
+
+
+def test_any_byte_but_0_is_true() -> None:
+    odd = torch.tensor([0, 1, 2, 255], dtype=torch.uint8).view(torch.bool)
+    clean = torch.tensor([False, True, True, True])
+    payload = codec.encode({"flags": odd})
+    assert payload == codec.encode({"flags": clean})
+    assert codec.decode(payload)["flags"].view(torch.uint8).tolist() == [0, 1, 1, 1]
+    weights = {"w": torch.tensor([0.0, 1.0, 2.0, 3.0])}
+    assert codec.encode(weights, masks={"w": odd}) == codec.encode(weights, masks={"w": clean})
 
 
 @pytest.mark.parametrize("encoding", ["bitmap", "csr"])

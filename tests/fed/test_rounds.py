@@ -85,10 +85,13 @@ def test_the_base_of_replies_is_what_the_sites_decode(state: ServerState, values
     assert exact == (values == "lossless")
 
 
-def test_what_fp16_cannot_hold_travels_losslessly(state: ServerState) -> None:
+@pytest.mark.parametrize(("values", "number"), [("fp16", 1e5), ("bf16", 3.4e38)])
+def test_what_16_bits_cannot_hold_travels_losslessly(
+    state: ServerState, values: Values, number: float
+) -> None:
     name = next(iter(state.weights))
-    state.weights[name].view(-1)[0] = 1e5
-    order = plan_round(state, dataclasses.replace(CONFIG, values="fp16"))
+    state.weights[name].view(-1)[0] = number
+    order = plan_round(state, dataclasses.replace(CONFIG, values=values))
     assert all(torch.equal(state.weights[n], w) for n, w in decode(order.payload).items())
 
 
@@ -253,15 +256,36 @@ def test_records_survive_json() -> None:
 
 
 def test_what_was_never_sent_counts_no_bytes(state: ServerState) -> None:
+    order = plan_round(state, CONFIG)
+    whole = len(messages.pack(to_control(order.plan), order.payload))
     engine = Scripted(
         {
             "a": good(state, "a", 0.1),
-            "b": Failure("dead", "gone", delivered=False),
+            "b": Failure("dead", "gone", sent_bytes=0),
             "c": Failure("late", "slow"),
+            "d": Failure("dead", "gone", sent_bytes=200, received_bytes=7),
+            "e": Failure("corrupt", "odd", received_bytes=30),
+            "f": Failure("late", "slow", sent_bytes=whole - 10),
         }
     )
-    config = dataclasses.replace(CONFIG, quorum=0.3)
-    outcome = play_round(state, config, engine, hellos("a", "b", "c"), lambda _: None)
-    sent = {row.client: row.transport_bytes for row in outcome.rows if row.direction == "down"}
-    assert sent["b"] == 0
-    assert sent["a"] == sent["c"] > 0
+    config = dataclasses.replace(CONFIG, quorum=0.1)
+    outcome = play_round(state, config, engine, hellos(*"abcdef"), lambda _: None)
+    down, up = (
+        {row.client: row for row in outcome.rows if row.direction == direction}
+        for direction in ("down", "up")
+    )
+    assert [down[site].transport_bytes for site in "abcdef"] == [
+        whole, 0, whole, 200, whole, whole - 10,
+    ]  # fmt: skip
+    assert [up[site].transport_bytes for site in "bcdef"] == [0, 0, 7, 30, 0]
+    payload = down["a"].payload_bytes
+    assert [down[site].payload_bytes for site in "abcdef"] == [
+        payload, 0, payload, max(0, payload - whole + 200), payload, payload - 10,
+    ]  # fmt: skip
+    for row in outcome.rows:
+        assert min(row.payload_bytes, row.control_bytes, row.framing_bytes) >= 0
+        levels = row.payload_bytes + row.control_bytes + row.framing_bytes
+        assert levels == row.transport_bytes
+    assert [down[site].outcome for site in "abcdef"] == ["ok", "dead", "ok", "ok", "ok", "ok"]
+    assert [bool(down[site].dense_equivalent_bytes) for site in "ab"] == [True, False]
+    assert [bool(up[site].dense_equivalent_bytes) for site in "ab"] == [True, False]
