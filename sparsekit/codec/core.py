@@ -1,19 +1,18 @@
-"""Encode and decode bit patterns: the whole codec without torch.
+"""Encode bit patterns; `sparsekit.codec.decoding` reads them, neither needs torch.
 
-`sparsekit.codec.tensors` puts torch tensors in and out of it.
+`sparsekit.codec.tensors` puts torch tensors in and out of them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Literal, TypeAlias
 
 import numpy as np
 import xxhash
 
-from sparsekit.codec import half, rice, sections
-from sparsekit.codec import positions as kept
-from sparsekit.codec.positions import CHUNK, Bools, Positions
+from sparsekit.codec import delta, related, sections
+from sparsekit.codec.elements import Elements, canonical, nonzero, unsigned
+from sparsekit.codec.positions import CHUNK, Bools
 from sparsekit.codec.records import (
-    BOOL,
     MaskCode,
     Record,
     ValueCode,
@@ -21,14 +20,11 @@ from sparsekit.codec.records import (
     parameter_bytes,
     value_bytes,
 )
-from sparsekit.codec.sections import Elements
 from sparsekit.codec.wire import (
     MAX_EXTENT,
     MAX_HEADER_BYTES,
     MAX_RECORDS,
     NO_BASE,
-    Header,
-    Placed,
     pack_header,
     padded,
     quote,
@@ -36,24 +32,31 @@ from sparsekit.codec.wire import (
 )
 from sparsekit.errors import (
     ArgumentError,
-    BaseMismatchError,
-    BudgetError,
-    FormatError,
     ValueRangeError,
 )
 
 Level: TypeAlias = Literal["fast", "balanced", "small"]
-Values: TypeAlias = Literal["lossless", "bf16", "fp16"]
-MaskEncoding: TypeAlias = Literal["auto", "dense", "bitmap", "rice", "csr", "same"]
+Values: TypeAlias = Literal["lossless", "bf16", "fp16", "int8", "int4"]
+MaskEncoding: TypeAlias = Literal[
+    "auto", "dense", "bitmap", "rice", "csr", "same", "subset", "predicted"
+]
+BASED = ("same", "subset", "predicted")
+"""Mask encodings that need a base."""
 
-_KINDS: dict[Values, str] = {"bf16": "bfloat16", "fp16": "float16"}
+_KINDS: dict[Values, sections.Kind] = {
+    "lossless": None, "bf16": "bfloat16", "fp16": "float16", "int8": 8, "int4": 4,
+}  # fmt: skip
+_STEPS = ("int8", "int4")
 _FORCED = {
     "dense": MaskCode.DENSE,
     "bitmap": MaskCode.BITMAP,
     "rice": MaskCode.RICE,
     "csr": MaskCode.CSR,
     "same": MaskCode.SAME,
+    "subset": MaskCode.SUBSET,
+    "predicted": MaskCode.PREDICTED,
 }
+_RELATED = (MaskCode.SAME, MaskCode.SUBSET, MaskCode.PREDICTED)
 
 # Codes whose size follows from the counts, whatever stands beside what.
 _COUNTED = (MaskCode.BITMAP, MaskCode.RICE, MaskCode.CSR)
@@ -86,12 +89,12 @@ def encode_elements(
         encoding = mask_encoding if forced else "auto"
         record, mask, value_section = _encode_one(
             name, elements, given, None if base is None else base.get(name), encoding, level,
-            _KINDS.get(values),
+            values,
         )  # fmt: skip
         records.append(record)
         for section in (mask, value_section):
             chunks += [section, bytes(padded(len(section)) - len(section))]
-    uses_base = any(record.mask_code == MaskCode.SAME for record in records)
+    uses_base = any(record.mask_needs_base or record.values_need_base for record in records)
     digest = digest_elements(base) if base is not None and uses_base else NO_BASE
     header = pack_header(records, round=round, base_digest=digest)
     if len(header) > MAX_HEADER_BYTES:
@@ -109,12 +112,14 @@ def _encode_one(
     base: Elements | None,
     encoding: MaskEncoding,
     level: Level,
-    kind: str | None,
+    values: Values,
 ) -> tuple[Record, memoryview, memoryview]:
     dtype, shape, bits = elements.dtype, elements.shape, elements.bits
     if any(extent > MAX_EXTENT for extent in shape):
         raise ArgumentError(f"state: {quote(name)} has an extent above {MAX_EXTENT}")
-    keep = sections.nonzero(bits, dtype)
+    if base is not None and base.shape != shape:
+        base = None
+    keep = nonzero(bits, dtype)
     if given is not None:
         outside = int(np.count_nonzero(keep & ~given))
         if outside:
@@ -124,38 +129,53 @@ def _encode_one(
             )
         keep = given
     k = int(np.count_nonzero(keep))
-    code = _choose(name, elements, keep, k, given is not None, base, encoding, level)
+    relation = None
+    if base is not None and 0 < k < bits.size:
+        partly = level != "fast" or encoding in BASED
+        relation = related.relate(keep, k, base, partly=partly)
+    code = _choose(name, elements, k, given is not None, relation, encoding, level)
+    kept_bits = bits if code is MaskCode.DENSE else sections.compact(bits, keep, k)
     if code is MaskCode.DENSE:
-        k = bits.size
+        k, keep = bits.size, np.ones(bits.size, np.bool_)
+    if code in _RELATED:
+        assert relation is not None
+        mask_parameters, mask = related.pack(code, relation)
     else:
-        bits = sections.compact(bits, keep, k)
-    mask_parameters, mask = sections.pack_mask(code, keep, k, shape)
+        mask_parameters, mask = sections.pack_mask(code, keep, k, shape)
     if encoding == "auto" and level != "fast" and code in _COUNTED:
         frame = sections.pack_frame(keep, k)
         if frame is not None and len(frame) < len(mask_parameters) + len(mask):
             code, mask_parameters, mask = MaskCode.BITMAP_ZSTD, b"", frame
-    if kind is not None and dtype.name == "float32" and half.overflows(bits, kind):
+    try:
+        value_code, value_parameters, value_section = sections.pack_values(
+            canonical(kept_bits, dtype), dtype, level != "fast", _KINDS[values],
+            _held(base, keep, level, values),
+        )  # fmt: skip
+    except OverflowError:
         raise ValueRangeError(
-            f"values: {quote(name)} holds finite numbers beyond the range of {kind}; "
-            "use 'lossless', or 'bf16', whose range is that of float32"
-        )
-    value_code, value_parameters, values = sections.pack_values(
-        sections.canonical(bits, dtype), dtype, level != "fast", kind
-    )
+            f"values: {quote(name)} holds numbers beyond the range of {values!r}; use 'lossless'"
+        ) from None
     record = Record(
-        name, dtype, shape, code, value_code, k, len(mask), len(values),
-        section_checksum(mask, values), mask_parameters + value_parameters,
+        name, dtype, shape, code, value_code, k, len(mask), len(value_section),
+        section_checksum(mask, value_section), mask_parameters + value_parameters,
     )  # fmt: skip
-    return record, mask, values
+    return record, mask, value_section
+
+
+def _held(base: Elements | None, keep: Bools, level: Level, values: Values) -> sections.Held | None:
+    """What the base holds where an element is kept, if that can be of use."""
+    if base is None or base.dtype.name != "float32" or (level == "fast" and values not in _STEPS):
+        return None
+    held = sections.compact(base.bits, keep, int(np.count_nonzero(keep)))
+    return sections.Held(canonical(held, base.dtype), delta.block_counts(keep))
 
 
 def _choose(
     name: str,
     elements: Elements,
-    keep: Bools,
     k: int,
     given: bool,
-    base: Elements | None,
+    relation: related.Relation | None,
     encoding: MaskEncoding,
     level: Level,
 ) -> MaskCode:
@@ -179,25 +199,23 @@ def _choose(
     for code in codes:
         size = mask_bytes(code, elements.shape, k)
         if size is not None:
-            size += parameter_bytes(code, ValueCode.RAW)
-            totals[code] = size + value_bytes(elements.dtype, k)
+            totals[code] = size
+    if relation is not None:
+        totals |= relation.expected
+    totals = {
+        code: size + parameter_bytes(code, ValueCode.RAW) + value_bytes(elements.dtype, k)
+        for code, size in totals.items()
+    }
     if not given:
         totals[MaskCode.DENSE] = value_bytes(elements.dtype, n)
-    if (
-        base is not None
-        and base.shape == elements.shape
-        and np.array_equal(sections.nonzero(base.bits, base.dtype), keep)
-    ):
-        totals[MaskCode.SAME] = value_bytes(elements.dtype, k)
     if encoding == "auto":
         return min(totals, key=lambda code: (totals[code], code))
     forced = _FORCED[encoding]
     if forced not in totals:
-        why = (
-            "its mask is not the non-zero pattern of the base tensor of that name"
-            if forced is MaskCode.SAME
-            else "it has 2**32 columns or more"
-        )
+        if forced in _RELATED:
+            why = "its mask does not follow from the base tensor of that name"
+        else:
+            why = "it has 2**32 columns or more"
         raise ArgumentError(
             f"mask_encoding: {encoding!r} cannot hold {quote(name)}, {why}; use 'auto'"
         )
@@ -212,130 +230,6 @@ def digest_elements(state: Mapping[str, Elements]) -> bytes:
         hasher.update(np.array(head, "<u8").tobytes() + raw)
         for start in range(0, elements.bits.size, CHUNK):
             chunk = elements.bits[start : start + CHUNK]
-            kept = sections.canonical(chunk, elements.dtype)
-            hasher.update(kept.astype(sections.unsigned(elements.dtype), copy=False).data)
+            kept = canonical(chunk, elements.dtype)
+            hasher.update(kept.astype(unsigned(elements.dtype), copy=False).data)
     return hasher.digest()
-
-
-def checked_base(header: Header, base: Mapping[str, Elements] | None) -> Mapping[str, Elements]:
-    """Return the base that a payload refers to, or an empty one where it refers to none.
-
-    Raises
-    ------
-    BaseMismatchError
-        If the payload needs a base and none, or another one, is given.
-    """
-    if header.base_digest == NO_BASE:
-        return {}
-    if base is None:
-        raise BaseMismatchError(
-            f"base: the payload refers to the state {header.base_digest.hex()}, but none is given; "
-            "pass it as base, or ask the sender for a payload without a base"
-        )
-    digest = digest_elements(base)
-    if digest != header.base_digest:
-        raise BaseMismatchError(
-            f"base: expected the state {header.base_digest.hex()}, got {digest.hex()}; "
-            "ask the sender for a payload without a base"
-        )
-    return base
-
-
-def decode_record(payload: memoryview, placed: Placed, base: Mapping[str, Elements]) -> Elements:
-    """Decode one record whose header was checked, into memory of its own."""
-    record = placed.record
-    assert record.dtype is not None
-    value_section = payload[placed.value_at : placed.value_at + record.value_len]
-    raw = record.value_code == ValueCode.RAW
-    try:
-        if raw and record.mask_code == MaskCode.DENSE:
-            bits = sections.read_values(value_section, record.dtype, record.k)
-        elif (
-            raw
-            and record.mask_code == MaskCode.BITMAP
-            and record.dtype is not BOOL
-            and sections.kernels_pay_off(record.n)
-        ):
-            mask_section = payload[placed.mask_at : placed.mask_at + record.mask_len]
-            bits = sections.expand_bitmap(
-                mask_section, value_section, record.dtype, record.n, record.k
-            )
-        elif record.mask_code == MaskCode.DENSE:
-            bits = np.empty(record.n, sections.unsigned(record.dtype))
-            read = sections.value_reader(value_section, record, record.dtype)
-            for start in range(0, record.n, CHUNK):
-                stop = min(start + CHUNK, record.n)
-                bits[start:stop] = read(start, stop)
-        else:
-            bits = np.zeros(record.n, sections.unsigned(record.dtype))
-            read = sections.value_reader(value_section, record, record.dtype)
-            for start, positions, done in _counted_positions(payload, placed, base):
-                bits[start:][positions] = read(done, done + positions.size)
-    except FormatError as error:
-        raise FormatError(f"tensor {quote(record.name)}: {error}") from None
-    except MemoryError:
-        raise BudgetError(_no_memory(record)) from None
-    return Elements(record.dtype, record.shape, bits)
-
-
-def decode_mask(payload: memoryview, placed: Placed, base: Mapping[str, Elements]) -> Bools:
-    """Flat mask of one record whose header was checked."""
-    record = placed.record
-    try:
-        if record.mask_code == MaskCode.DENSE:
-            return np.ones(record.n, np.bool_)
-        keep = np.zeros(record.n, np.bool_)
-        for start, positions, _ in _counted_positions(payload, placed, base):
-            keep[start:][positions] = True
-    except FormatError as error:
-        raise FormatError(f"tensor {quote(record.name)}: {error}") from None
-    except MemoryError:
-        raise BudgetError(_no_memory(record)) from None
-    return keep
-
-
-def _no_memory(record: Record) -> str:
-    return (
-        f"tensor {quote(record.name)}: this machine cannot hold its {record.n} elements; "
-        "pass a template or a smaller max_bytes to refuse such a payload at once"
-    )
-
-
-def _counted_positions(
-    payload: memoryview, placed: Placed, base: Mapping[str, Elements]
-) -> Iterator[tuple[int, Positions, int]]:
-    """Positions chunk by chunk with the number that came before; exactly `k` in all."""
-    k = placed.record.k
-    done = 0
-    for start, positions in _positions(payload, placed, base):
-        if done + positions.size > k:
-            raise FormatError(f"its mask keeps more than the {k} elements of its record")
-        yield start, positions, done
-        done += positions.size
-    if done != k:
-        raise FormatError(f"its mask keeps {done} elements, its record says {k}")
-
-
-def _positions(
-    payload: memoryview, placed: Placed, base: Mapping[str, Elements]
-) -> Iterator[tuple[int, Positions]]:
-    record = placed.record
-    section = payload[placed.mask_at : placed.mask_at + record.mask_len]
-    match MaskCode(record.mask_code):
-        case MaskCode.BITMAP:
-            return kept.bitmap_positions(section, record.n)
-        case MaskCode.BITMAP_ZSTD:
-            return kept.framed_positions(section, record.n)
-        case MaskCode.RICE:
-            return rice.positions(section, record.rice, record.n, record.k)
-        case MaskCode.CSR:
-            return kept.csr_positions(section, record.shape, record.k)
-        case MaskCode.SAME:
-            held = base.get(record.name)
-            if held is None or held.shape != record.shape:
-                raise FormatError("its mask refers to a base tensor of another shape or name")
-            return sections.pattern_positions(held)
-        case MaskCode.ALL_ZERO:
-            return iter(())
-        case MaskCode.DENSE:
-            raise AssertionError("a dense record has no positions")

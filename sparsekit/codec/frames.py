@@ -14,6 +14,10 @@ Bytes: TypeAlias = npt.NDArray[np.uint8]
 _LEVEL = 1
 # Huffman coding needs no window, and a reader then needs little memory.
 _WINDOW_LOG = 17
+# Binary logarithms of 1 + i / 256, with 16 bits behind the point.
+_LOG2 = np.round(np.log2(1 + np.arange(256) / 256) * 2**16).astype(np.int64)
+# What a frame takes beside its codes, about.
+_TABLE_BITS = 400
 # Type of a block that stores one byte for many.
 _REPEATED = 1
 
@@ -25,6 +29,16 @@ def compress(plain: Bytes) -> bytes:
     )
     frame = zstandard.ZstdCompressor(compression_params=parameters).compress(plain.data)
     return frame if len(frame) < plain.size else plain.tobytes()
+
+
+def expected_bits(plane: Bytes) -> int:
+    """Size of a plane by the counts of its bytes, in whole numbers: the same on every machine."""
+    counts = np.bincount(plane, minlength=256)
+    counts = counts[counts > 0]
+    fraction, exponent = np.frexp(np.append(counts, plane.size).astype(np.float64))
+    logs = (exponent.astype(np.int64) << 16) + _LOG2[((2 * fraction - 1) * 256).astype(np.intp)]
+    coded = int((counts * (logs[-1] - logs[:-1])).sum()) >> 16
+    return min(coded + _TABLE_BITS, 8 * plane.size)
 
 
 def reader(section: memoryview, size: int) -> Callable[[int, bool], Bytes]:
@@ -49,6 +63,22 @@ def reader(section: memoryview, size: int) -> Callable[[int, bool], Bytes]:
         raise FormatError(f"a frame does not hold {size} bytes")
 
     return read
+
+
+def plane_reader(section: memoryview, k: int) -> Callable[[int, bool], Bytes]:
+    """Return a function as `reader` does, for `k` bytes that `compress` has written."""
+    if len(section) != k:
+        return reader(section, k)
+    raw = np.frombuffer(section, np.uint8)
+    at = 0
+
+    def next_raw(count: int, last: bool) -> Bytes:
+        nonlocal at
+        del last
+        at += count
+        return raw[at - count : at]
+
+    return next_raw
 
 
 def _stream(section: memoryview, size: int) -> zstandard.ZstdDecompressionReader:

@@ -43,11 +43,15 @@ def widen(bits: Bits, kind: str) -> Bits:
     return bits.astype("<u4") << np.uint32(16)
 
 
-def pack(bits: Bits, kind: str, coded: bool) -> tuple[HalfCode, memoryview]:
-    """Section of float32 values and its parameters."""
+def rounded(bits: Bits, kind: str) -> Bits:
+    """As `narrow`, with +0.0 for -0.0, to which a small number may round."""
     narrowed = narrow(bits, kind)
-    # A small number may round to -0.0, which is +0.0 here.
-    narrowed = narrowed * (narrowed != 0x8000)
+    canonical: Bits = narrowed * (narrowed != 0x8000)
+    return canonical
+
+
+def pack(narrowed: Bits, kind: str, coded: bool) -> tuple[HalfCode, memoryview]:
+    """Section of rounded values and its parameters."""
     packed = split.pack(narrowed, DTYPE_BY_NAME[kind]) if coded else None
     if packed is None:
         return HalfCode(kind, None), narrowed.astype("<u2", copy=False).view(np.uint8).data

@@ -1,6 +1,6 @@
 """Kept positions of masks, chunk by chunk, from what a section holds."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 import numpy as np
@@ -14,7 +14,7 @@ Bools: TypeAlias = npt.NDArray[np.bool_]
 Positions: TypeAlias = npt.NDArray[np.intp]
 
 # Masks are unpacked this many elements at a time: temporaries stay in the level-2 cache, and
-# decoding needs less than 2 MiB beside its result, 1 MiB where nothing is compressed.
+# decoding needs less than 1 MiB beside its result.
 CHUNK = 2**15
 
 
@@ -37,6 +37,33 @@ def flat_positions(keep: Bools) -> Positions:
         positions_in(keep[start : start + CHUNK]) + start for start in range(0, keep.size, CHUNK)
     ]
     return np.concatenate(chunks) if chunks else np.empty(0, np.intp)
+
+
+def taking(found: Iterator[Positions]) -> Callable[[int], Positions]:
+    """Return a function that takes the ascending positions below its argument, each once."""
+    waiting = np.empty(0, np.intp)
+
+    def take(stop: int) -> Positions:
+        nonlocal waiting
+        while waiting.size == 0 or waiting[-1] < stop:
+            more = next(found, None)
+            if more is None:
+                break
+            waiting = np.concatenate([waiting, more])
+        inside = int(np.searchsorted(waiting, stop))
+        taken, waiting = waiting[:inside], waiting[inside:]
+        return taken
+
+    return take
+
+
+def in_blocks(
+    found: Iterator[tuple[int, Positions]], n: int, size: int
+) -> Iterator[tuple[int, Positions]]:
+    """Positions in the form of `bitmap_positions`, those of so many elements at a time."""
+    take = taking(start + places for start, places in found)
+    for start in range(0, n, size):
+        yield start, take(min(start + size, n)) - start
 
 
 def check_tail(section: memoryview, n_bits: int) -> None:

@@ -5,6 +5,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sparsekit.codec.based_codes import (
+    DELTA_PARAMETERS,
+    LEVEL_PARAMETERS,
+    PREDICTED_PARAMETERS,
+    SUBSET_PARAMETERS,
+    DeltaCode,
+    LevelCode,
+    PredictedCode,
+    SubsetCode,
+    parse_delta,
+    parse_levels,
+    parse_predicted,
+    parse_subset,
+)
 from sparsekit.codec.codes import (
     HALF_BYTES,
     SPLIT_PARAMETERS,
@@ -27,6 +41,8 @@ class MaskCode(enum.IntEnum):
     RICE = 3
     BITMAP_ZSTD = 4
     SAME = 5
+    SUBSET = 6
+    PREDICTED = 7
     CSR = 9
 
 
@@ -36,33 +52,48 @@ class ValueCode(enum.IntEnum):
     RAW = 0
     SPLIT = 1
     HALF = 2
+    LEVELS = 3
+    DELTA = 4
 
 
-MINOR_1_MASKS = (MaskCode.RICE, MaskCode.BITMAP_ZSTD)
-"""Mask codes that format 1.0 does not have."""
+MINOR_0_MASKS = (MaskCode.DENSE, MaskCode.ALL_ZERO, MaskCode.BITMAP, MaskCode.SAME, MaskCode.CSR)
+"""Mask codes that format 1.0 has."""
+
+_MASK_PARAMETERS = {
+    MaskCode.RICE: 1,
+    MaskCode.SUBSET: SUBSET_PARAMETERS.size,
+    MaskCode.PREDICTED: PREDICTED_PARAMETERS.size,
+}
+_VALUE_PARAMETERS = {
+    ValueCode.SPLIT: SPLIT_PARAMETERS.size,
+    ValueCode.HALF: HALF_BYTES,
+    ValueCode.LEVELS: LEVEL_PARAMETERS.size,
+    ValueCode.DELTA: DELTA_PARAMETERS.size,
+}
 
 
 def parameter_bytes(mask: int, value: int) -> int:
     """Length of the parameters of a mask code and a value code together."""
-    values = {ValueCode.SPLIT: SPLIT_PARAMETERS.size, ValueCode.HALF: HALF_BYTES}
-    return int(mask == MaskCode.RICE) + values.get(ValueCode(value), 0)
+    of_values = _VALUE_PARAMETERS.get(ValueCode(value), 0)
+    return _MASK_PARAMETERS.get(MaskCode(mask), 0) + of_values
 
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """An element type: its code, its name, bytes per element, and the sign bit of a float."""
+    """An element type: code, name, bytes per element; of a float the sign bit and the mantissa."""
 
     code: int
     name: str
     itemsize: int
     sign_bit: int = 0
+    mantissa_bits: int = 0
 
 
 DTYPES = (
-    DType(0, "float32", 4, 1 << 31),
-    DType(1, "float64", 8, 1 << 63),
-    DType(2, "float16", 2, 1 << 15),
-    DType(3, "bfloat16", 2, 1 << 15),
+    DType(0, "float32", 4, 1 << 31, 23),
+    DType(1, "float64", 8, 1 << 63, 52),
+    DType(2, "float16", 2, 1 << 15, 10),
+    DType(3, "bfloat16", 2, 1 << 15, 7),
     DType(4, "int8", 1),
     DType(5, "int16", 2),
     DType(6, "int32", 4),
@@ -115,6 +146,43 @@ class Record:
         return code
 
     @property
+    def subset(self) -> SubsetCode:
+        """Parameters of a part of the base's mask; those of a parsed record were checked."""
+        code = parse_subset(self.parameters[: SUBSET_PARAMETERS.size])
+        assert code is not None
+        return code
+
+    @property
+    def predicted(self) -> PredictedCode:
+        """Parameters of a predicted mask."""
+        return parse_predicted(self.parameters[: PREDICTED_PARAMETERS.size])
+
+    @property
+    def levels(self) -> LevelCode:
+        """Parameters of quantised values; those of a parsed record were checked."""
+        code = parse_levels(self.parameters[-LEVEL_PARAMETERS.size :])
+        assert code is not None
+        return code
+
+    @property
+    def delta(self) -> DeltaCode:
+        """Parameters of differences; those of a parsed record were checked."""
+        code = parse_delta(self.parameters[-DELTA_PARAMETERS.size :])
+        assert code is not None
+        return code
+
+    @property
+    def mask_needs_base(self) -> bool:
+        """Whether the mask cannot be read without the base."""
+        return self.mask_code in (MaskCode.SAME, MaskCode.SUBSET, MaskCode.PREDICTED)
+
+    @property
+    def values_need_base(self) -> bool:
+        """Whether the values cannot be read without the base."""
+        levels = self.value_code == ValueCode.LEVELS
+        return self.value_code == ValueCode.DELTA or (levels and self.levels.based)
+
+    @property
     def n(self) -> int:
         """Elements of the tensor."""
         return math.prod(self.shape)
@@ -153,6 +221,8 @@ def mask_bytes(code: MaskCode, shape: Sequence[int], k: int) -> int | None:
             return -(-math.prod(shape) // 8) - 1
         case MaskCode.DENSE | MaskCode.ALL_ZERO | MaskCode.SAME:
             return 0
+        case MaskCode.SUBSET | MaskCode.PREDICTED:
+            raise AssertionError("their size depends on the base")
 
 
 def value_bytes(dtype: DType, k: int) -> int:

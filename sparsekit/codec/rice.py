@@ -16,6 +16,7 @@ from sparsekit.codec.positions import (
     Positions,
     flat_positions,
     positions_in,
+    taking,
 )
 from sparsekit.errors import FormatError
 
@@ -32,15 +33,15 @@ def pack(keep: Bools, code: RiceCode) -> memoryview:
 
 
 def positions(
-    section: memoryview, code: RiceCode, n: int, k: int
+    section: memoryview, code: RiceCode, n: int, k: int, *, chunk: int = CHUNK
 ) -> Iterator[tuple[int, Positions]]:
     """Kept positions chunk by chunk, checked, in the form of `positions.bitmap_positions`."""
-    coded = _coded(section, code, n, code.coded(n, k))
-    return _others(coded, n) if code.complement else ((0, found) for found in coded)
+    coded = _coded(section, code, n, code.coded(n, k), chunk // 4)
+    return _others(coded, n, chunk // 2) if code.complement else ((0, found) for found in coded)
 
 
-def _coded(section: memoryview, code: RiceCode, n: int, c: int) -> Iterator[Positions]:
-    """Coded positions, as many at a time as a chunk of the unary plane ends."""
+def _coded(section: memoryview, code: RiceCode, n: int, c: int, chunk: int) -> Iterator[Positions]:
+    """The `c` >= 1 coded positions, as many at a time as a chunk of the unary plane ends."""
     r = code.r
     packed = np.frombuffer(section, np.uint8)
 
@@ -50,8 +51,8 @@ def _coded(section: memoryview, code: RiceCode, n: int, c: int) -> Iterator[Posi
 
     done = lows = end = 0
     unary_bits = 8 * len(section) - r * c
-    for first in range(0, unary_bits, CHUNK):
-        ends = positions_in(bits(r * c + first, r * c + min(first + CHUNK, unary_bits))) + first
+    for first in range(0, unary_bits, chunk):
+        ends = positions_in(bits(r * c + first, r * c + min(first + chunk, unary_bits))) + first
         count = ends.size
         if done + count > c:
             raise FormatError(f"its gaps are more than the {c} of its record")
@@ -75,21 +76,12 @@ def _coded(section: memoryview, code: RiceCode, n: int, c: int) -> Iterator[Posi
         raise FormatError("it does not end with the last gap")
 
 
-def _others(coded: Iterator[Positions], n: int) -> Iterator[tuple[int, Positions]]:
+def _others(coded: Iterator[Positions], n: int, chunk: int) -> Iterator[tuple[int, Positions]]:
     """Positions that are not among the coded ones."""
-    waiting = np.empty(0, np.intp)
-    for start in range(0, n, CHUNK):
-        stop = min(start + CHUNK, n)
-        while waiting.size == 0 or waiting[-1] < stop:
-            more = next(coded, None)
-            if more is None:
-                break
-            waiting = np.concatenate([waiting, more])
-        inside = int(np.searchsorted(waiting, stop))
+    take = taking(coded)
+    for start in range(0, n, chunk):
+        stop = min(start + chunk, n)
         keep = np.ones(stop - start, np.bool_)
-        keep[waiting[:inside] - start] = False
-        waiting = waiting[inside:]
+        # The last call also looks at what stands after the last position.
+        keep[take(stop) - start] = False
         yield start, positions_in(keep)
-    # What stands after the last position must be looked at as well.
-    for _ in coded:
-        pass

@@ -1,31 +1,35 @@
-"""Mask and value sections in NumPy: what stands between two records' offsets.
-
-Elements travel as unsigned integers of their own width, so that no floating-point unit ever
-touches them: NaN payloads survive, and flush-to-zero modes cannot change a mask.
-"""
+"""Mask and value sections in NumPy: what stands between two records' offsets."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from sparsekit.codec import frames, half, rice, split
+from sparsekit.codec import delta, frames, half, levels, rice, split
 from sparsekit.codec.codes import choose_rice
+from sparsekit.codec.elements import Bits, unsigned
 from sparsekit.codec.positions import (
     CHUNK,
     Bools,
-    Positions,
     check_tail,
     flat_positions,
     positions_in,
 )
-from sparsekit.codec.records import BOOL, DType, MaskCode, Record, ValueCode, csr_grid, csr_width
+from sparsekit.codec.records import (
+    BOOL,
+    DTYPE_BY_NAME,
+    DType,
+    MaskCode,
+    Record,
+    ValueCode,
+    csr_grid,
+    csr_width,
+)
 from sparsekit.errors import FormatError
 
-Bits: TypeAlias = npt.NDArray[np.unsignedinteger]
 Section: TypeAlias = memoryview
 
 # From this many elements on the compiled bitmap kernels are faster than NumPy, and worth loading.
@@ -41,38 +45,16 @@ _LEAST_FRAMED = 2**11
 _CHANCE_WORDS = 8
 
 
+Kind: TypeAlias = str | int | None
+"""Name of a type of 16 bits, or number of bits of a level."""
+
+
 @dataclass(frozen=True, slots=True)
-class Elements:
-    """A tensor without its framework: element type, shape and flat little-endian bit patterns."""
+class Held:
+    """What the base holds in the places of the kept elements."""
 
-    dtype: DType
-    shape: tuple[int, ...]
     bits: Bits
-
-
-def unsigned(dtype: DType) -> np.dtype[np.unsignedinteger]:
-    """NumPy type that carries the bit patterns of an element type."""
-    return np.dtype(f"<u{dtype.itemsize}")
-
-
-def nonzero(bits: Bits, dtype: DType) -> Bools:
-    """True where an element is not zero; -0.0 is zero, NaN is not."""
-    keep = np.empty(bits.size, np.bool_)
-    # Chunk by chunk, because the masked copy of a whole tensor would not stay in the cache.
-    for start in range(0, bits.size, CHUNK):
-        chunk = bits[start : start + CHUNK]
-        if dtype.sign_bit:
-            chunk = chunk & bits.dtype.type(dtype.sign_bit - 1)
-        np.not_equal(chunk, 0, out=keep[start : start + CHUNK])
-    return keep
-
-
-def canonical(bits: Bits, dtype: DType) -> Bits:
-    """The same elements with +0.0 for -0.0; a copy only where one occurs."""
-    if not dtype.sign_bit:
-        return bits
-    other = bits != bits.dtype.type(dtype.sign_bit)
-    return bits if other.all() else bits * other
+    block_counts: npt.NDArray[np.int64]
 
 
 def kernels_pay_off(n: int) -> bool:
@@ -121,10 +103,10 @@ def pack_mask(code: MaskCode, keep: Bools, k: int, shape: tuple[int, ...]) -> tu
             places = positions - np.repeat(row_starts, counts)
             numbers = np.concatenate([counts, places]).astype(f"<u{width}")
             return b"", numbers.view(np.uint8).data
-        case MaskCode.BITMAP_ZSTD:
-            raise AssertionError("pack_frame says whether there is one")
-        case MaskCode.DENSE | MaskCode.ALL_ZERO | MaskCode.SAME:
+        case MaskCode.DENSE | MaskCode.ALL_ZERO:
             return b"", memoryview(b"")
+        case _:
+            raise AssertionError(f"{code.name} is packed elsewhere")
 
 
 def pack_frame(keep: Bools, k: int) -> Section | None:
@@ -152,15 +134,35 @@ def pack_frame(keep: Bools, k: int) -> Section | None:
 
 
 def pack_values(
-    bits: Bits, dtype: DType, coded: bool, kind: str | None
+    bits: Bits, dtype: DType, coded: bool, kind: Kind, held: Held | None
 ) -> tuple[ValueCode, bytes, Section]:
     """Code, parameters and section of the kept elements, which may share the memory of `bits`.
 
-    `kind` is the type of 16 bits to which float32 numbers are rounded, if any.
+    `kind` is what float32 numbers are rounded to, if anything; `held` what the base holds in
+    their places.
+
+    Raises
+    ------
+    OverflowError
+        If a finite number cannot be rounded to that kind.
     """
-    if kind is not None and dtype.name == "float32" and bits.size:
-        halves = half.pack(bits, kind, coded)
-        return ValueCode.HALF, halves[0].parameters, halves[1]
+    if dtype.name == "float32" and bits.size:
+        if isinstance(kind, int):
+            stepped = levels.pack(bits, None if held is None else held.bits, kind)
+            if stepped is not None:
+                return ValueCode.LEVELS, stepped[0].parameters, stepped[1]
+        if isinstance(kind, str):
+            if half.overflows(bits, kind):
+                raise OverflowError
+            dtype = DTYPE_BY_NAME[kind]
+            bits = half.rounded(bits, kind)
+        if coded and held is not None:
+            moved = delta.pack(bits, dtype.name, held.bits, held.block_counts)
+            if moved is not None and moved[2] < split.expected_bits(bits, dtype):
+                return ValueCode.DELTA, moved[0].parameters, moved[1]
+        if isinstance(kind, str):
+            halves = half.pack(bits, kind, coded)
+            return ValueCode.HALF, halves[0].parameters, halves[1]
     packed = split.pack(bits, dtype) if coded else None
     if packed is not None:
         return ValueCode.SPLIT, packed[0].parameters, packed[1]
@@ -178,8 +180,22 @@ def read_values(section: Section, dtype: DType, k: int) -> Bits:
     return np.frombuffer(section, unsigned(dtype)).copy()
 
 
-def value_reader(section: Section, record: Record, dtype: DType) -> Callable[[int, int], Bits]:
-    """Return a function that gives the kept elements from one index to another, in order."""
+def value_reader(
+    section: Section, record: Record, dtype: DType
+) -> Callable[[int, int, Bits | None], Bits]:
+    """Return a function that gives the kept elements from one index to another, in order.
+
+    Its third argument is what the base holds in their places, if the record needs it.
+    """
+    if record.value_code == ValueCode.LEVELS:
+        return levels.reader(section, record.levels, record.k)
+    if record.value_code == ValueCode.DELTA:
+        return delta.reader(section, record.delta, record.k)
+    read = _plain_reader(section, record, dtype)
+    return lambda start, stop, _: read(start, stop)
+
+
+def _plain_reader(section: Section, record: Record, dtype: DType) -> Callable[[int, int], Bits]:
     k = record.k
     if record.value_code == ValueCode.SPLIT:
         return split.reader(section, record.split, dtype, k)
@@ -209,9 +225,3 @@ def expand_bitmap(section: Section, values: Section, dtype: DType, n: int, k: in
         raise FormatError(f"its mask keeps {found} elements, its record says {k}")
     bits: Bits = _bitmap("expand")(kept, packed, n)
     return bits
-
-
-def pattern_positions(base: Elements) -> Iterator[tuple[int, Positions]]:
-    """Positions of the non-zero elements of a base tensor, in the form of `bitmap_positions`."""
-    for start in range(0, base.bits.size, CHUNK):
-        yield start, positions_in(nonzero(base.bits[start : start + CHUNK], base.dtype))

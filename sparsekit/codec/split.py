@@ -7,12 +7,13 @@ are noise and stay as they are.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from sparsekit.codec import frames
-from sparsekit.codec.codes import LAYOUTS, MOST_SPLIT, SplitCode
+from sparsekit.codec.codes import LAYOUTS, MOST_SPLIT, Layout, SplitCode
 from sparsekit.codec.records import DType
 from sparsekit.errors import FormatError
 
@@ -25,11 +26,15 @@ _MOST_SPAN = 31
 _TOP_BITS = 3
 
 
-def pack(bits: Bits, dtype: DType) -> tuple[SplitCode, memoryview] | None:
-    """Section of values and its parameters; None where raw values are not larger."""
-    layout = LAYOUTS.get(dtype.name)
-    if layout is None or not LEAST_VALUES <= bits.size < MOST_SPLIT:
-        return None
+@dataclass(frozen=True, slots=True)
+class _Planes:
+    joined: bool
+    smallest: int
+    first: Bytes
+    second: Bytes
+
+
+def _planes(bits: Bits, layout: Layout) -> _Planes:
     exponents = (bits >> layout.mantissa_bits & (1 << layout.exponent_bits) - 1).astype(np.uint8)
     smallest = int(exponents.min())
     joined = int(exponents.max()) - smallest <= _MOST_SPAN
@@ -44,8 +49,27 @@ def pack(bits: Bits, dtype: DType) -> tuple[SplitCode, memoryview] | None:
     else:
         smallest = 0
     second = sign << np.uint8(rest_bits) | (rest & (1 << rest_bits) - 1).astype(np.uint8)
-    planes = [frames.compress(first), frames.compress(second)]
-    code = SplitCode(joined, smallest, len(planes[0]))
+    return _Planes(joined, smallest, first, second)
+
+
+def expected_bits(bits: Bits, dtype: DType) -> int:
+    """Bits to be expected of a section."""
+    if bits.size < LEAST_VALUES:
+        return 8 * bits.nbytes
+    layout = LAYOUTS[dtype.name]
+    planes = _planes(bits, layout)
+    plain = 8 * layout.low_bytes * bits.size
+    return plain + frames.expected_bits(planes.first) + frames.expected_bits(planes.second)
+
+
+def pack(bits: Bits, dtype: DType) -> tuple[SplitCode, memoryview] | None:
+    """Section of values and its parameters; None where raw values are not larger."""
+    layout = LAYOUTS.get(dtype.name)
+    if layout is None or not LEAST_VALUES <= bits.size < MOST_SPLIT:
+        return None
+    split = _planes(bits, layout)
+    planes = [frames.compress(split.first), frames.compress(split.second)]
+    code = SplitCode(split.joined, split.smallest, len(planes[0]))
     if layout.low_bytes:
         planes.append((bits & (1 << 8 * layout.low_bytes) - 1).astype("<u2").tobytes())
     section = b"".join(planes)
@@ -58,8 +82,8 @@ def reader(
     """Return a function that gives the values from one index to another, each once, in order."""
     layout = LAYOUTS[dtype.name]
     low_at = len(section) - k * layout.low_bytes
-    first = _plane(section[: code.first_len], k)
-    second = _plane(section[code.first_len : low_at], k)
+    first = frames.plane_reader(section[: code.first_len], k)
+    second = frames.plane_reader(section[code.first_len : low_at], k)
     low = np.frombuffer(section[low_at:], "<u2") if layout.low_bytes else None
     rest_bits = layout.mantissa_bits - 8 * layout.low_bytes - (_TOP_BITS if code.joined else 0)
     kind = np.dtype(f"<u{dtype.itemsize}")
@@ -85,19 +109,3 @@ def reader(
         return bits
 
     return read
-
-
-def _plane(section: memoryview, k: int) -> Callable[[int, bool], Bytes]:
-    """Return a function that gives the next bytes of a plane, and whether they must be the last."""
-    if len(section) != k:
-        return frames.reader(section, k)
-    raw = np.frombuffer(section, np.uint8)
-    at = 0
-
-    def next_raw(count: int, last: bool) -> Bytes:
-        nonlocal at
-        del last
-        at += count
-        return raw[at - count : at]
-
-    return next_raw

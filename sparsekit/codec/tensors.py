@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsekit.codec import core
-from sparsekit.codec.core import Level, MaskEncoding, Values
+from sparsekit.codec import core, decoding
+from sparsekit.codec.core import BASED, Level, MaskEncoding, Values
+from sparsekit.codec.elements import Elements
 from sparsekit.codec.positions import Bools
 from sparsekit.codec.records import BOOL, DTYPE_BY_NAME, DType
-from sparsekit.codec.sections import Elements
 from sparsekit.codec.wire import MAX_DIMS, MAX_NAME_BYTES, Header, Placed, parse, quote
 from sparsekit.errors import (
     ArgumentError,
@@ -25,7 +25,6 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 
 DEFAULT_MAX_BYTES = 4 * 2**30
 
-_PLANNED = ("int8", "int4")
 _TORCH_BY_NAME: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_BY_NAME}
 _NAME_BY_TORCH = {dtype: name for name, dtype in _TORCH_BY_NAME.items()}
 
@@ -55,16 +54,21 @@ def encode(
         kept weight may be 0. A tensor without one is masked by its own non-zero pattern where
         that takes fewer bytes than storing it whole.
     base : mapping of str to Tensor, optional
-        A state that the receiver holds as well. A mask equal to the non-zero pattern of the base
-        tensor of the same name then takes no bytes, and decoding needs the base.
+        A state that the receiver holds as well, and needs for decoding. A mask equal to the
+        non-zero pattern of the base tensor of the same name then takes no bytes, one that keeps a
+        part of it few, and float32 values are stored as differences where that is shorter.
     level : {"fast", "balanced", "small"}
         Speed against bytes: "fast" stores bitmaps and raw values, "balanced" codes masks and
         splits the values of floats, for some 20 % fewer bytes. "small" is "balanced" in this
         release.
-    values : {"lossless", "bf16", "fp16"}
-        Precision of float32 values: "bf16" and "fp16" round them to 16 bits, to the nearest. They
-        decode to float32 again. Other dtypes are never rounded.
-    mask_encoding : {"auto", "dense", "bitmap", "rice", "csr", "same"}
+    values : {"lossless", "bf16", "fp16", "int8", "int4"}
+        Precision of float32 values. "bf16" and "fp16" round them to 16 bits, to the nearest.
+        "int8" and "int4" round the differences to `base` (without one, the values) to 255 or 15
+        levels, of equal distance within a tensor; tensors of fewer than 16 kept elements stay
+        as they are. What is encoded next should have as its base what this payload decodes to:
+        its differences then make up for this rounding. All decode to float32 again, to the same
+        bits on every machine. Other dtypes are never rounded.
+    mask_encoding : {"auto", "dense", "bitmap", "rice", "csr", "same", "subset", "predicted"}
         "auto" takes the smallest. Another one is used for every tensor in `masks` (without
         `masks`: of two dimensions or more) that keeps some but not all of its elements.
     round : int
@@ -83,6 +87,9 @@ def encode(
     ArgumentError
         For a non-zero value outside its mask, a mask of another shape or without a tensor, and
         an option that is unknown or cannot be met.
+    ValueRangeError
+        For a number that `values` cannot hold: a finite one beyond its range, or for "int8" and
+        "int4" one that is not finite.
 
     Examples
     --------
@@ -94,14 +101,10 @@ def encode(
             [0.0000, 0.0000]])
     """
     _check_choice("level", level, get_args(Level))
-    if values in _PLANNED:
-        raise ArgumentError(
-            f"values: this release has no {values!r} yet; use 'bf16', 'fp16' or 'lossless'"
-        )
     _check_choice("values", values, get_args(Values))
     _check_choice("mask_encoding", mask_encoding, get_args(MaskEncoding))
-    if mask_encoding == "same" and base is None:
-        raise ArgumentError("mask_encoding: 'same' needs a base")
+    if mask_encoding in BASED and base is None:
+        raise ArgumentError(f"mask_encoding: {mask_encoding!r} needs a base")
     if isinstance(round, bool) or not isinstance(round, int):
         raise ArgumentTypeError(f"round: expected an int, got {type(round).__name__}")
     if not 0 <= round < 2**64:
@@ -167,7 +170,7 @@ def decode(
             "pass a larger max_bytes if the sender is to be trusted with them"
         )
     held = _held_base(header, base)
-    return {p.record.name: _to_tensor(core.decode_record(view, p, held)) for p in records}
+    return {p.record.name: _to_tensor(decoding.decode_record(view, p, held)) for p in records}
 
 
 def decode_masks(payload: Buffer, *, base: State | None = None) -> dict[str, Tensor]:
@@ -201,7 +204,7 @@ def decode_masks(payload: Buffer, *, base: State | None = None) -> dict[str, Ten
         )
     held = _held_base(header, base)
     return {
-        p.record.name: torch.from_numpy(core.decode_mask(view, p, held).reshape(p.record.shape))
+        p.record.name: torch.from_numpy(decoding.decode_mask(view, p, held).reshape(p.record.shape))
         for p in records
     }
 
@@ -274,7 +277,7 @@ def _check_template(records: list[Placed], template: State) -> None:
 def _held_base(header: Header, base: State | None) -> Mapping[str, Elements]:
     needs_base = any(header.base_digest)
     given = None if base is None or not needs_base else _elements_of_state(base, "base")
-    return core.checked_base(header, given)
+    return decoding.checked_base(header, given)
 
 
 def _check_mapping(state: object, argument: str) -> None:

@@ -11,6 +11,19 @@ from dataclasses import dataclass
 
 import xxhash
 
+from sparsekit.codec.based_codes import (
+    DELTA_PARAMETERS,
+    LEVEL_PARAMETERS,
+    PREDICTED_PARAMETERS,
+    SUBSET_PARAMETERS,
+    LevelCode,
+    PredictedCode,
+    SubsetCode,
+    parse_delta,
+    parse_levels,
+    parse_predicted,
+    parse_subset,
+)
 from sparsekit.codec.codes import (
     HALF_BYTES,
     SPLIT_PARAMETERS,
@@ -22,7 +35,7 @@ from sparsekit.codec.codes import (
 )
 from sparsekit.codec.records import (
     DTYPES,
-    MINOR_1_MASKS,
+    MINOR_0_MASKS,
     DType,
     MaskCode,
     Record,
@@ -103,7 +116,7 @@ def pack_header(records: Sequence[Record], *, round: int, base_digest: bytes) ->
     header_len = PREFIX.size + len(body)
     sections = sum(padded(r.mask_len) + padded(r.value_len) for r in records)
     # The lowest version that has all the codes, for the sake of older readers.
-    newer = any(r.mask_code in MINOR_1_MASKS or r.value_code != ValueCode.RAW for r in records)
+    newer = any(r.mask_code not in MINOR_0_MASKS or r.value_code != ValueCode.RAW for r in records)
     prefix = PREFIX.pack(
         MAGIC, MAJOR, MINOR if newer else 0, 0, header_len, len(records), 0,
         header_len + sections, round, base_digest, 0,
@@ -147,7 +160,9 @@ def parse(payload: memoryview) -> Header:
     )
     records = _parse_records(payload[PREFIX.size : header_len], n_records)
     placed = _place(payload, records, header_len, file_len)
-    uses_base = any(r.dtype is not None and r.mask_code == MaskCode.SAME for r in records)
+    uses_base = any(
+        r.dtype is not None and (r.mask_needs_base or r.values_need_base) for r in records
+    )
     if uses_base != (base_digest != NO_BASE):
         raise FormatError(
             "payload: the base digest must be non-zero if and only if a record uses the base"
@@ -284,6 +299,8 @@ def _mask_range(record: Record, code: MaskCode) -> tuple[int, int]:
         if rice is None or not rice.coded(record.n, record.k):
             raise FormatError(f"tensor {quote(record.name)}: its Rice parameter is not possible")
         return rice.length_range(record.n, record.k)
+    if code in (MaskCode.SUBSET, MaskCode.PREDICTED):
+        return _related_range(record, code)
     needed = mask_bytes(code, record.shape, record.k)
     if code is MaskCode.BITMAP_ZSTD:
         return 1, max(0, -(-record.n // 8) - 1)
@@ -292,23 +309,45 @@ def _mask_range(record: Record, code: MaskCode) -> tuple[int, int]:
     return needed, needed
 
 
+def _related_range(record: Record, code: MaskCode) -> tuple[int, int]:
+    related: SubsetCode | PredictedCode | None
+    if code is MaskCode.SUBSET:
+        related = parse_subset(record.parameters[: SUBSET_PARAMETERS.size])
+    else:
+        related = parse_predicted(record.parameters[: PREDICTED_PARAMETERS.size])
+    found = None if related is None else related.length_range(record.n, record.k)
+    if found is None:
+        raise FormatError(
+            f"tensor {quote(record.name)}: the parameters of its mask are not possible"
+        )
+    return found
+
+
 def _value_range(record: Record, dtype: DType) -> tuple[int, int]:
     """Fewest and most bytes of a record's value section."""
-    if record.value_code != ValueCode.RAW:
-        if record.value_code == ValueCode.SPLIT:
-            code: SplitCode | HalfCode | None = parse_split(
-                record.parameters[-SPLIT_PARAMETERS.size :]
-            )
-        else:
-            code = parse_half(record.parameters[-HALF_BYTES:])
-        found = None if code is None else code.length_range(dtype.name, record.k)
-        if found is None:
-            raise FormatError(
-                f"tensor {quote(record.name)}: the parameters of its values are not possible"
-            )
-        return found
-    needed = value_bytes(dtype, record.k)
-    return needed, needed
+    parameters, name = record.parameters, dtype.name
+    code: SplitCode | HalfCode | LevelCode | None
+    found: tuple[int, int] | None
+    match ValueCode(record.value_code):
+        case ValueCode.RAW:
+            needed = value_bytes(dtype, record.k)
+            return needed, needed
+        case ValueCode.DELTA:
+            delta = parse_delta(parameters[-DELTA_PARAMETERS.size :])
+            found = None if delta is None else delta.length_range(name, record.n, record.k)
+        case other:
+            if other is ValueCode.SPLIT:
+                code = parse_split(parameters[-SPLIT_PARAMETERS.size :])
+            elif other is ValueCode.HALF:
+                code = parse_half(parameters[-HALF_BYTES:])
+            else:
+                code = parse_levels(parameters[-LEVEL_PARAMETERS.size :])
+            found = None if code is None else code.length_range(name, record.k)
+    if found is None:
+        raise FormatError(
+            f"tensor {quote(record.name)}: the parameters of its values are not possible"
+        )
+    return found
 
 
 def _place(

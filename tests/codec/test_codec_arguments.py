@@ -60,7 +60,16 @@ STATE = {"w": EYE, "b": torch.ones(2)}
             STATE, {"level": "best"}, ArgumentError, "level: .* 'small', got 'best'", id="level"
         ),
         pytest.param(
-            STATE, {"values": "int8"}, ArgumentError, "this release has no .int8. yet", id="int8"
+            {"w": torch.full((16,), float("inf"))}, {"values": "int8"}, ArgumentError,
+            "'w' holds numbers beyond the range of 'int8'", id="int8-infinity",
+        ),
+        pytest.param(
+            STATE, {"mask_encoding": "subset"}, ArgumentError, "'subset' needs a base",
+            id="subset-alone",
+        ),
+        pytest.param(
+            STATE, {"mask_encoding": "predicted", "base": {}}, ArgumentError,
+            "does not follow from the base tensor", id="predicted-from-nothing",
         ),
         pytest.param(STATE, {"values": "fp8"}, ArgumentError, "one of 'lossless'", id="values"),
         pytest.param(

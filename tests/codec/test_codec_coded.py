@@ -19,7 +19,7 @@ from sparsekit.codec.codes import RiceCode, choose_rice, parse_rice, parse_split
 from sparsekit.codec.positions import CHUNK
 from sparsekit.codec.records import DTYPE_BY_NAME
 from sparsekit.errors import FormatError
-from tests.codec import test_codec_page as page
+from tests.codec import page_decoder, page_values
 from tests.codec.test_codec_hostile import FLOAT32, Forged, Payload, refused
 
 RICE, SPLIT = 3, 1
@@ -181,8 +181,8 @@ def test_rice_sections_are_taken_exactly_where_the_page_takes_them(
     k = data.draw(st.integers(0, n))
     payload = Payload((rice_record(n, section, k, parameter),)).bytes()
     try:
-        wanted = page.read_rice(section, n, k, parameter)
-    except page.Refused:
+        wanted = page_decoder.read_rice(section, n, k, parameter)
+    except page_values.Refused:
         wanted = None
     if wanted is None or len(wanted) != k:
         with pytest.raises(FormatError):
@@ -207,8 +207,8 @@ def test_split_sections_are_taken_exactly_where_the_page_takes_them(
     record = Forged(b"", section, k=3, shape=(3,), value_code=SPLIT, params=parameters, dtype=dtype)
     payload = Payload((record,)).bytes()
     try:
-        wanted = page.read_split(section, dtype, 3, parameters)
-    except (page.Refused, zstandard.ZstdError):
+        wanted = page_values.read_split(section, dtype, 3, parameters)
+    except (page_values.Refused, zstandard.ZstdError):
         with pytest.raises(FormatError):
             codec.decode(payload)
         return

@@ -1,7 +1,9 @@
 """What the fuzzer once found is refused as it should be, and the fuzzer sees what it must see."""
 
+import copy
 import importlib.util
 import random
+import struct
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -9,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from zstandard import ZstdError
 
 from sparsekit import codec
 from sparsekit.errors import CodecError
+from tests.codec import page_decoder, page_values
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,3 +88,52 @@ def test_every_kind_of_change_gives_a_payload_that_can_be_written(fuzz: ModuleTy
         fuzz.change(dice, apart[0], apart)
         del apart[0].records[6:]
         assert fuzz.put_together(apart[0]).startswith(b"\x89SPU")
+
+
+NEWER = ("subset", "predicted", "delta", "delta-bf16", "delta-fp16", "int8", "int4", "int4-alone")
+
+
+def read_by_the_page(data: bytes, bases: Any) -> Any:
+    """Names, kept positions and bits as the page's decoder has them; None if it refuses."""
+    base = bases.get(data[40:56])
+    plain = None
+    if base is not None:
+        plain = page_decoder.read(codec.encode(base, mask_encoding="dense"))[1]
+    try:
+        state = page_decoder.read(data, plain)[1]
+    except (page_values.Refused, AssertionError, IndexError, struct.error, ZstdError,
+            OverflowError, ValueError):  # fmt: skip
+        return None
+    return {name: (t.kept, t.dense_bits()) for name, t in state.items()}
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_both_decoders_take_and_refuse_the_same(fuzz: ModuleType, name: str) -> None:
+    bases = fuzz.corpus()[1]
+    whole = fuzz.take_apart((ROOT / f"tests/golden/{name}.spu").read_bytes())
+    dice = random.Random(name)
+    taken = 0
+    for _ in range(150):
+        payload = copy.deepcopy(whole)
+        payload.records = [dice.choice(payload.records)]
+        record = payload.records[0]
+        part = dice.choice(("mask", "values", "parameters"))
+        setattr(record, part, fuzz._bytes(dice, getattr(record, part)))
+        data = fuzz.put_together(payload)
+        base = bases.get(data[40:56], {})
+        wanted = read_by_the_page(data, bases)
+        try:
+            state, masks = codec.decode(data, base=base), codec.decode_masks(data, base=base)
+        except CodecError as error:
+            refusal: str | None = str(error)
+        else:
+            refusal = None
+        assert (wanted is None) == (refusal is not None), refusal
+        if refusal is not None:
+            continue
+        taken += 1
+        (key, tensor), width = next(iter(state.items())), 8 * state[record.name.decode()].itemsize
+        integers = tensor.reshape(-1).view(getattr(torch, f"int{width}")).tolist()
+        kept = masks[key].reshape(-1).nonzero().flatten().tolist()
+        assert (kept, [i % 2**width for i in integers]) == wanted[key]
+    assert taken > 3

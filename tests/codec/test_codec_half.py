@@ -80,14 +80,14 @@ def test_a_weight_that_rounds_to_zero_stays_kept() -> None:
 
 def test_what_fp16_cannot_hold_is_refused() -> None:
     for state in ({"w": torch.tensor([65_520.0])}, {"w": torch.tensor([1.0, -1e30])}):
-        with pytest.raises(ArgumentError, match="'w' holds finite numbers beyond the range"):
+        with pytest.raises(ArgumentError, match="'w' holds numbers beyond the range"):
             codec.encode(state, values="fp16")
     special = {"w": torch.tensor([65_519.0, float("inf"), float("nan")])}
     found = codec.decode(codec.encode(special, values="fp16"))["w"]
     assert found[:2].tolist() == [65_504.0, float("inf")]
     assert bool(torch.isnan(found[2]))
     largest = {"w": torch.tensor([3.4028234663852886e38])}
-    with pytest.raises(ArgumentError, match="beyond the range of bfloat16"):
+    with pytest.raises(ArgumentError, match="beyond the range of 'bf16'"):
         codec.encode(largest, values="bf16")
 
 

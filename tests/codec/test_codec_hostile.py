@@ -188,10 +188,10 @@ def test_hostile_header_is_refused(payload: Payload, error: type[CodecError], ma
         pytest.param(replace(GOOD, name=b"a\0b"), FormatError, "zero byte", id="name-zero-byte"),
         pytest.param(replace(GOOD, params=b"\0"), FormatError, "parameters", id="parameters"),
         pytest.param(replace(GOOD, dtype=10), VersionError, "unknown dtype 10", id="dtype"),
-        pytest.param(replace(GOOD, mask_code=6), VersionError, "mask encoding 6", id="mask-code"),
-        pytest.param(replace(GOOD, value_code=3), VersionError, "value encoding 3", id="val-code"),
+        pytest.param(replace(GOOD, mask_code=8), VersionError, "mask encoding 8", id="mask-code"),
+        pytest.param(replace(GOOD, value_code=5), VersionError, "value encoding 5", id="val-code"),
         pytest.param(
-            replace(GOOD, mask_code=200, value_code=3), VersionError, "value encoding 3",
+            replace(GOOD, mask_code=200, value_code=5), VersionError, "value encoding 5",
             id="critical-beside-ancillary",
         ),
         pytest.param(replace(GOOD, checksum=1), ChecksumError, "checksum", id="checksum"),

@@ -289,7 +289,7 @@ def test_a_mask_equal_to_the_base_costs_nothing() -> None:
     assert info.mask_bytes == 0
     assert info.base_digest == codec.base_digest(base)
     mask[0, 0] = ~mask[0, 0]
-    moved = codec.encode({"w": mask * 0.25}, masks={"w": mask}, base=base)
+    moved = codec.encode({"w": mask * 0.25}, masks={"w": mask}, base=base, level="fast")
     assert codec.inspect(moved).base_digest is None
     assert torch.equal(codec.decode(moved)["w"], mask * 0.25)
 
@@ -325,7 +325,7 @@ def test_decoding_compressed_values_takes_little_beside_them(values: Values, kep
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert 4 * tensor.numel() <= peak < 4 * tensor.numel() + 2**21
+    assert 4 * tensor.numel() <= peak < 4 * tensor.numel() + 2**20
 
 
 def test_any_byte_but_0_is_true() -> None:

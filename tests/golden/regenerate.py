@@ -68,6 +68,33 @@ def spread(dtype: torch.dtype, n: int, *, wide: bool = False) -> Tensor:
     return values.to(dtype)
 
 
+def moved(base: Tensor) -> Tensor:
+    """Each number a little larger or smaller, some much, some not at all, one with another sign."""
+    n = torch.arange(base.numel())
+    factor = 1 + (n * 7919 % 1009 - 504) / 2.0 ** (11 + n % 11)
+    values = base.reshape(-1) * torch.where(n % 13 == 5, 1.0, factor)
+    values[7:9] *= torch.tensor([-1.0, 1000.0])
+    return values.reshape(base.shape)
+
+
+def stepped(base: Tensor, most: int) -> Tensor:
+    """Each number of a few bits a whole number of small steps away, most of them not many."""
+    n = torch.arange(base.numel())
+    steps = n * 7919 % 1009 % (2 * min(most, 20) + 1) - min(most, 20)
+    steps[3] = -most
+    return base + (steps * 2.0**-9).reshape(base.shape) * (base != 0)
+
+
+def ranked(base: Tensor) -> tuple[Tensor, Tensor]:
+    """Multiples of the larger half of the base under a mask with some exceptions."""
+    size = base.abs().double()
+    mask = (size >= size[size > 0].median()) ^ (torch.arange(base.numel()) % 37 == 0).view(
+        base.shape
+    )
+    mask &= base != 0
+    return 2 * base * mask, mask
+
+
 def all_of(n: int) -> Tensor:
     """Mask that keeps all."""
     return torch.ones(n, dtype=torch.bool)
@@ -92,6 +119,20 @@ def payloads() -> dict[str, Entry]:
     odd = scattered((3, 1, 3, 3), [0, 4, 5, 13, 26], torch.float32)
     fifth = masked((16, 90), every=5)[1]
     base = scattered((4, 5), [1, 2, 3, 9, 13], torch.float32)
+    numbers = spread(torch.float32, 800).view(20, 40)
+    numbers = numbers * (torch.arange(800) * 31 % 101 % 5 != 0).view(20, 40)
+    shared = {
+        "w": numbers,
+        "v": spread(torch.float32, 300),
+        "d": numbers.double() / 3,
+        "b": numbers[:7].bfloat16(),
+        "s": spread(torch.float32, 9),
+        "g": (numbers * 64).round() / 64,
+    }
+    half = {
+        name: (t * (torch.arange(t.numel()) % 3 != 1).view(t.shape), (t != 0))
+        for name, t in shared.items()
+    }
     return {
         "example": {
             "round": 7,
@@ -188,6 +229,60 @@ def payloads() -> dict[str, Entry]:
             },
         },
         "base": {"tensors": {"w": tensor_entry(base), "b": tensor_entry(torch.ones(3))}},
+        "shared": {"tensors": {n: tensor_entry(t) for n, t in shared.items()}},
+        "subset": {
+            "base": "shared",
+            "mask_encoding": "subset",
+            "tensors": {
+                n: tensor_entry(value, keep & (value != 0)) for n, (value, keep) in half.items()
+            },
+        },
+        "predicted": {
+            "base": "shared",
+            "mask_encoding": "predicted",
+            "tensors": {n: tensor_entry(*ranked(t)) for n, t in shared.items()},
+        },
+        "delta": {
+            "base": "shared",
+            "tensors": {n: tensor_entry(moved(shared[n]), shared[n] != 0) for n in ("w", "v", "s")},
+        },
+        "delta-bf16": {
+            "base": "shared",
+            "values": "bf16",
+            "tensors": {
+                n: tensor_entry(moved(shared[n]).bfloat16().float(), shared[n] != 0)
+                for n in ("w", "v", "s")
+            },
+        },
+        "delta-fp16": {
+            "base": "shared",
+            "values": "fp16",
+            "tensors": {"w": tensor_entry(moved(shared["w"]).half().float(), shared["w"] != 0)},
+        },
+        "int8": {
+            "base": "shared",
+            "values": "int8",
+            "tensors": {
+                "g": tensor_entry(stepped(shared["g"], 127), shared["g"] != 0),
+                "s": tensor_entry(moved(shared["s"]), shared["s"] != 0),
+            },
+        },
+        "int4": {
+            "base": "shared",
+            "values": "int4",
+            "tensors": {"g": tensor_entry(stepped(shared["g"], 7), shared["g"] != 0)},
+        },
+        "int8-alone": {
+            "values": "int8",
+            "tensors": {
+                "w": tensor_entry(stepped(torch.ones(300), 127) - 1, all_of(300)),
+                "raw": tensor_entry(spread(torch.float32, 15), dense=True),
+            },
+        },
+        "int4-alone": {
+            "values": "int4",
+            "tensors": {"w": tensor_entry(stepped(torch.ones(301), 7) - 1, all_of(301))},
+        },
         "same": {
             "base": "base",
             "mask_encoding": "same",

@@ -1,0 +1,167 @@
+"""Decode payloads, which may be hostile, to bit patterns; needs no torch."""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from sparsekit.codec import positions as kept
+from sparsekit.codec import predicted, related, rice, sections
+from sparsekit.codec.based_codes import BLOCK
+from sparsekit.codec.core import digest_elements
+from sparsekit.codec.elements import Bits, Elements, unsigned
+from sparsekit.codec.pattern import pattern_positions
+from sparsekit.codec.positions import CHUNK, Bools, Positions
+from sparsekit.codec.records import BOOL, MaskCode, Record, ValueCode
+from sparsekit.codec.wire import NO_BASE, Header, Placed, quote
+from sparsekit.errors import BaseMismatchError, BudgetError, FormatError
+
+
+def checked_base(header: Header, base: Mapping[str, Elements] | None) -> Mapping[str, Elements]:
+    """Return the base that a payload refers to, or an empty one where it refers to none.
+
+    Raises
+    ------
+    BaseMismatchError
+        If the payload needs a base and none, or another one, is given.
+    """
+    if header.base_digest == NO_BASE:
+        return {}
+    if base is None:
+        raise BaseMismatchError(
+            f"base: the payload refers to the state {header.base_digest.hex()}, but none is given; "
+            "pass it as base, or ask the sender for a payload without a base"
+        )
+    digest = digest_elements(base)
+    if digest != header.base_digest:
+        raise BaseMismatchError(
+            f"base: expected the state {header.base_digest.hex()}, got {digest.hex()}; "
+            "ask the sender for a payload without a base"
+        )
+    return base
+
+
+def decode_record(payload: memoryview, placed: Placed, base: Mapping[str, Elements]) -> Elements:
+    """Decode one record whose header was checked, into memory of its own."""
+    record = placed.record
+    assert record.dtype is not None
+    value_section = payload[placed.value_at : placed.value_at + record.value_len]
+    held = _held(record, base) if record.values_need_base else None
+    raw = record.value_code == ValueCode.RAW
+    try:
+        if raw and record.mask_code == MaskCode.DENSE:
+            bits = sections.read_values(value_section, record.dtype, record.k)
+        elif (
+            raw
+            and record.mask_code == MaskCode.BITMAP
+            and record.dtype is not BOOL
+            and sections.kernels_pay_off(record.n)
+        ):
+            mask_section = payload[placed.mask_at : placed.mask_at + record.mask_len]
+            bits = sections.expand_bitmap(
+                mask_section, value_section, record.dtype, record.n, record.k
+            )
+        elif record.mask_code == MaskCode.DENSE:
+            bits = np.empty(record.n, unsigned(record.dtype))
+            read = sections.value_reader(value_section, record, record.dtype)
+            size = BLOCK if record.value_code == ValueCode.DELTA else CHUNK
+            for start in range(0, record.n, size):
+                stop = min(start + size, record.n)
+                bits[start:stop] = read(start, stop, None if held is None else held[start:stop])
+        else:
+            bits = np.zeros(record.n, unsigned(record.dtype))
+            read = sections.value_reader(value_section, record, record.dtype)
+            for start, positions, done in _counted_positions(payload, placed, base):
+                given = None if held is None else held[start:][positions]
+                bits[start:][positions] = read(done, done + positions.size, given)
+    except FormatError as error:
+        raise FormatError(f"tensor {quote(record.name)}: {error}") from None
+    except MemoryError:
+        raise BudgetError(_no_memory(record)) from None
+    return Elements(record.dtype, record.shape, bits)
+
+
+def decode_mask(payload: memoryview, placed: Placed, base: Mapping[str, Elements]) -> Bools:
+    """Flat mask of one record whose header was checked."""
+    record = placed.record
+    try:
+        if record.mask_code == MaskCode.DENSE:
+            return np.ones(record.n, np.bool_)
+        keep = np.zeros(record.n, np.bool_)
+        for start, positions, _ in _counted_positions(payload, placed, base):
+            keep[start:][positions] = True
+    except FormatError as error:
+        raise FormatError(f"tensor {quote(record.name)}: {error}") from None
+    except MemoryError:
+        raise BudgetError(_no_memory(record)) from None
+    return keep
+
+
+def _no_memory(record: Record) -> str:
+    return (
+        f"tensor {quote(record.name)}: this machine cannot hold its {record.n} elements; "
+        "pass a template or a smaller max_bytes to refuse such a payload at once"
+    )
+
+
+def _counted_positions(
+    payload: memoryview, placed: Placed, base: Mapping[str, Elements]
+) -> Iterator[tuple[int, Positions, int]]:
+    """Positions chunk by chunk with the number that came before; exactly `k` in all."""
+    k = placed.record.k
+    done = 0
+    found = _positions(payload, placed, base)
+    if placed.record.value_code == ValueCode.DELTA:
+        found = kept.in_blocks(found, placed.record.n, BLOCK)
+    for start, positions in found:
+        if done + positions.size > k:
+            raise FormatError(f"its mask keeps more than the {k} elements of its record")
+        yield start, positions, done
+        done += positions.size
+    if done != k:
+        raise FormatError(f"its mask keeps {done} elements, its record says {k}")
+
+
+def _positions(
+    payload: memoryview, placed: Placed, base: Mapping[str, Elements]
+) -> Iterator[tuple[int, Positions]]:
+    record = placed.record
+    section = payload[placed.mask_at : placed.mask_at + record.mask_len]
+    match MaskCode(record.mask_code):
+        case MaskCode.BITMAP:
+            return kept.bitmap_positions(section, record.n)
+        case MaskCode.BITMAP_ZSTD:
+            return kept.framed_positions(section, record.n)
+        case MaskCode.RICE:
+            return rice.positions(section, record.rice, record.n, record.k)
+        case MaskCode.CSR:
+            return kept.csr_positions(section, record.shape, record.k)
+        case MaskCode.SAME:
+            return pattern_positions(_base_tensor(record, base))
+        case MaskCode.SUBSET:
+            held = _base_tensor(record, base)
+            return related.subset_positions(section, record.subset, record.k, held)
+        case MaskCode.PREDICTED:
+            return predicted.positions(section, record.predicted, _base_tensor(record, base))
+        case MaskCode.ALL_ZERO:
+            return iter(())
+        case MaskCode.DENSE:
+            raise AssertionError("a dense record has no positions")
+
+
+def _base_tensor(record: Record, base: Mapping[str, Elements]) -> Elements:
+    held = base.get(record.name)
+    if held is None or held.shape != record.shape:
+        raise FormatError("it refers to a base tensor of another shape or name")
+    return held
+
+
+def _held(record: Record, base: Mapping[str, Elements]) -> Bits:
+    try:
+        held = _base_tensor(record, base)
+    except FormatError as error:
+        raise FormatError(f"tensor {quote(record.name)}: {error}") from None
+    if held.dtype != record.dtype:
+        raise FormatError(
+            f"tensor {quote(record.name)}: it refers to a base tensor of {held.dtype.name}"
+        )
+    return held.bits

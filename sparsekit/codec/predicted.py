@@ -1,0 +1,180 @@
+"""Masks guessed from the base: its large magnitudes stay, and what differs is coded.
+
+Pruning by magnitude from one round to the next makes the guess right for most elements, and the
+more surely the further a magnitude is from the threshold. The elements are therefore sorted into
+classes by that distance, and each class has Rice-coded exceptions of its own.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from sparsekit.codec import rice
+from sparsekit.codec.based_codes import CLASSES, PredictedCode
+from sparsekit.codec.codes import choose_rice
+from sparsekit.codec.elements import Bits, Elements, magnitudes
+from sparsekit.codec.pattern import pattern_positions
+from sparsekit.codec.positions import CHUNK, Bools, Positions, taking
+from sparsekit.codec.records import DType
+from sparsekit.errors import FormatError
+
+_Take: TypeAlias = Callable[[int], Positions]
+
+# Of each class, so that all together need little memory.
+_CHUNK = CHUNK // 4
+_LARGEST = CLASSES // 2 - 1
+# An eighth of an octave: the unit of distance.
+_UNIT_BITS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """A threshold, and by class the elements and which of them it gets wrong."""
+
+    code: PredictedCode
+    wrong: tuple[Bools, ...]
+    expected_bytes: int
+
+
+def predict(sizes: Bits, dtype: DType, kept: Bools) -> Prediction | None:
+    """Guess which elements of these magnitudes are kept; None for those of integers."""
+    if not dtype.mantissa_bits:
+        return None
+    held, k = sizes.size, int(np.count_nonzero(kept))
+    # The k-th largest: as many are kept wrongly as are dropped wrongly, ties aside.
+    threshold = int(np.partition(sizes, held - k)[held - k])
+    wrong = kept != (sizes >= threshold)
+    classes = _classes(sizes, threshold, dtype)
+    by_class = tuple(wrong[classes == number] for number in range(CLASSES))
+    expected = 0
+    for flags in by_class:
+        count = int(np.count_nonzero(flags))
+        expected += len(_varint(count))
+        if 0 < count < flags.size:
+            size = choose_rice(flags.size, count)[1]
+            expected += size + len(_varint(size))
+    return Prediction(PredictedCode(held, threshold), by_class, expected)
+
+
+def pack(prediction: Prediction) -> memoryview:
+    """Section: for each class a count and a length, then the gaps of each class."""
+    head, body = [], []
+    for flags in prediction.wrong:
+        count = int(np.count_nonzero(flags))
+        head.append(_varint(count))
+        if 0 < count < flags.size:
+            gaps = rice.pack(flags, choose_rice(flags.size, count)[0])
+            head.append(_varint(len(gaps)))
+            body.append(gaps)
+    return memoryview(b"".join([*head, *body]))
+
+
+def positions(
+    section: memoryview, code: PredictedCode, base: Elements
+) -> Iterator[tuple[int, Positions]]:
+    """Kept positions chunk by chunk, checked, in the form of `positions.bitmap_positions`."""
+    if not base.dtype.mantissa_bits:
+        raise FormatError("its mask is predicted from a base tensor of integers")
+    if code.threshold >= base.dtype.sign_bit:
+        raise FormatError("its threshold is no number of the base")
+    totals = np.zeros(CLASSES, np.int64)
+    for _, _, _, classes in _chunks(base, code.threshold):
+        totals += np.bincount(classes, minlength=CLASSES)
+    if totals.sum() != code.held:
+        raise FormatError(f"its mask needs a base tensor of {code.held} non-zero elements")
+    takes = _read_streams(section, totals.tolist())
+    done = [0] * CLASSES
+    for start, places, sizes, classes in _chunks(base, code.threshold):
+        chosen = sizes >= code.threshold
+        for number, take in enumerate(takes):
+            members = np.flatnonzero(classes == number)
+            first = done[number]
+            done[number] += members.size
+            if take is not None:
+                chosen[members[take(done[number]) - first]] ^= True
+        yield start, places[chosen]
+
+
+def _chunks(
+    base: Elements, threshold: int
+) -> Iterator[tuple[int, Positions, Bits, npt.NDArray[np.int64]]]:
+    for start, places in pattern_positions(base, chunk=_CHUNK):
+        sizes = magnitudes(base.bits[start : start + _CHUNK][places], base.dtype)
+        yield start, places, sizes, _classes(sizes, threshold, base.dtype)
+
+
+def _classes(sizes: Bits, threshold: int, dtype: DType) -> npt.NDArray[np.int64]:
+    """Twice the bit length of the distance to the threshold, at most 4, plus the side."""
+    large = sizes >= threshold
+    limit = sizes.dtype.type(threshold)
+    distance = np.where(large, sizes - limit, limit - sizes)
+    distance = distance >> sizes.dtype.type(dtype.mantissa_bits - _UNIT_BITS)
+    length = np.zeros(sizes.size, np.int64)
+    for bits in range(_LARGEST):
+        length += distance >= 1 << bits
+    return 2 * length + large
+
+
+def _read_streams(section: memoryview, totals: list[int]) -> list[_Take | None]:
+    """For each class a function that takes the exceptions below an index; None without any."""
+    at = 0
+    streams: list[tuple[int, int]] = []
+    for total in totals:
+        count, at = _read_varint(section, at)
+        length = 0
+        if count > total:
+            raise FormatError("a class has more exceptions than elements")
+        if 0 < count < total:
+            length, at = _read_varint(section, at)
+            least, most = choose_rice(total, count)[0].length_range(total, count)
+            if not least <= length <= most:
+                raise FormatError(f"the exceptions of a class cannot take {length} bytes")
+        streams.append((count, length))
+    if at + sum(length for _, length in streams) != len(section):
+        raise FormatError("its mask section does not end with the last class")
+    takes: list[_Take | None] = []
+    for (count, length), total in zip(streams, totals, strict=True):
+        if not count:
+            takes.append(None)
+        elif count == total:
+            takes.append(_every())
+        else:
+            code = choose_rice(total, count)[0]
+            found = rice.positions(section[at : at + length], code, total, count, chunk=_CHUNK)
+            takes.append(taking(start + places for start, places in found))
+        at += length
+    return takes
+
+
+def _every() -> _Take:
+    done = 0
+
+    def take(stop: int) -> Positions:
+        nonlocal done
+        first, done = done, stop
+        return np.arange(first, stop)
+
+    return take
+
+
+def _varint(number: int) -> bytes:
+    groups = []
+    while number >= 0x80:
+        groups.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*groups, number])
+
+
+def _read_varint(section: memoryview, at: int) -> tuple[int, int]:
+    """Number of 7 bits a byte, lowest first, and where the next one starts."""
+    number = 0
+    for index, byte in enumerate(section[at : at + 9]):
+        number |= (byte & 0x7F) << 7 * index
+        if byte < 0x80:
+            if index and not byte:
+                raise FormatError("a number of its mask section is longer than needed")
+            return number, at + index + 1
+    raise FormatError("a number of its mask section has no end")
