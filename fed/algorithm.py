@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from sparsekit import prune
-from sparsekit.codec import decode, decode_masks, encode
-from sparsekit.codec.core import Level, Values
+from sparsekit.codec import decode, decode_masks, encode, inspect
+from sparsekit.codec.core import STEPS, Level, Values
 from sparsekit.errors import CodecError, TemplateError, ValueRangeError
 from sparsekit.fed.config import RunConfig
 from sparsekit.fed.plan import TASK_EVALUATE, TASK_TRAIN, TrainPlan, build_model, plan_for
@@ -41,6 +41,9 @@ class ServerState:
         Initial output of the network, years.
     first_voxel, in_shape : tuple of int
         The part of each scan that the network sees.
+    sent : dict of Tensor, or None
+        The model as the sites decoded it last; None before the first round. What is sent next may
+        lean on it.
     """
 
     round: int
@@ -49,6 +52,7 @@ class ServerState:
     mean_age: float
     first_voxel: Size3
     in_shape: Size3
+    sent: dict[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -112,12 +116,24 @@ def scheduled_sparsity(config: RunConfig, round_number: int) -> float | None:
 
 @dataclass(frozen=True)
 class Order:
-    """What the server sends in a round."""
+    """What the server sends in a round.
+
+    Attributes
+    ----------
+    plan : TrainPlan
+        The work.
+    payload : bytes
+        The model.
+    based : bool
+        Whether only a site that holds the model sent before can decode it.
+    sent : ServerState
+        The state as the sites decode it: the base of their replies.
+    """
 
     plan: TrainPlan
     payload: bytes
+    based: bool
     sent: ServerState
-    """The state as the sites decode it: the base of their replies."""
 
 
 def plan_round(state: ServerState, config: RunConfig) -> Order:
@@ -138,10 +154,25 @@ def plan_round(state: ServerState, config: RunConfig) -> Order:
         masked=state.masks is not None,
         local_sparsity=scheduled_sparsity(config, number) if local else None,
     )
-    payload = encode_model(state.weights, plan, masks=state.masks)
-    lossless = config.values == "lossless"
-    sent = state if lossless else replace(state, weights=decode(payload, template=state.weights))
-    return Order(plan, payload, sent)
+    payload = encode_model(state.weights, plan, masks=state.masks, base=state.sent)
+    weights = state.weights
+    if config.values != "lossless":
+        weights = decode(payload, base=state.sent, template=weights)
+    based = inspect(payload).base_digest is not None
+    return Order(plan, payload, based, replace(state, weights=weights))
+
+
+def whole_payload(order: Order) -> bytes:
+    """Return a payload of the same model that any site can decode."""
+    if not order.based:
+        return order.payload
+    return encode_whole(order.sent, order.plan)
+
+
+def encode_whole(sent: ServerState, plan: TrainPlan) -> bytes:
+    """Encode a model that the sites hold, for those that do not: no bit may change."""
+    values = "lossless" if plan.values in STEPS else plan.values
+    return encode_model(sent.weights, replace(plan, values=values), masks=sent.masks)
 
 
 def encode_model(
@@ -276,11 +307,22 @@ def _largest_of_filters(weight: Tensor, within: Tensor | None, least: int) -> Te
     return (chosen & (size >= 0)).reshape(weight.shape)
 
 
-def aggregate(state: ServerState, updates: Mapping[str, Update], config: RunConfig) -> ServerState:
-    """Merge one round's updates, sorted by site, and prune where the strategy says so."""
+def aggregate(
+    state: ServerState,
+    updates: Mapping[str, Update],
+    config: RunConfig,
+    sent: State | None = None,
+) -> ServerState:
+    """Merge one round's updates, sorted by site, and prune where the strategy says so.
+
+    `sent` is the model as the sites decoded it, if rounding has changed it: what that took away
+    is added again, so that it travels with a later round.
+    """
     assert updates, "a round without updates must end before aggregation"
     ordered = [updates[site] for site in sorted(updates)]
     weights = average(ordered)
+    if sent is not None:
+        weights = {n: w + (state.weights[n] - sent[n]) + 0.0 for n, w in weights.items()}
     masks = state.masks
     number = state.round + 1
     sparsity = scheduled_sparsity(config, number)

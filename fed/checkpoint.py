@@ -15,8 +15,9 @@ from sparsekit.fed.algorithm import ServerState
 from sparsekit.fed.storage import about, publish_folder
 
 _MODEL = "model.spu"
+_SENT = "sent.spu"
 _STATE = "state.json"
-_LAYOUT = 1
+_LAYOUT = 2
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,13 @@ def save(run: Path, checkpoint: Checkpoint, *, keep: int) -> None:
             temporary.mkdir()
             payload = encode(server.weights, masks=server.masks, round=server.round)
             (temporary / _MODEL).write_bytes(payload)
+            if server.sent is not None:
+                (temporary / _SENT).write_bytes(encode(server.sent, round=server.round))
             state = {
                 "layout": _LAYOUT,
                 "round": server.round,
                 "masked": sorted(server.masks) if server.masks is not None else None,
+                "sent": server.sent is not None,
                 "mean_age": server.mean_age,
                 "first_voxel": list(server.first_voxel),
                 "in_shape": list(server.in_shape),
@@ -116,6 +120,7 @@ def load_newest(run: Path) -> Checkpoint | None:
             mean_age=state["mean_age"],
             first_voxel=(first_d, first_h, first_w),
             in_shape=(depth, height, width),
+            sent=decode((folder / _SENT).read_bytes()) if state["sent"] else None,
         )
         return Checkpoint(
             server=server,

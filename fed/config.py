@@ -78,9 +78,9 @@ class RunConfig:
         How scans are read and which are held out.
     evaluate_every : int
         Evaluate the model of every so many rounds on held-out people; the last one's always.
-    values : {"lossless", "bf16", "fp16"}
-        Precision of the weights that travel, both ways. Numbers that fp16 cannot hold make that
-        payload lossless.
+    values : {"lossless", "bf16", "fp16", "int8", "int4"}
+        Precision of the weights that travel, both ways; of "int8" and "int4" the precision of what
+        has changed. Numbers that it cannot hold make that payload lossless.
     level : {"fast", "balanced", "small"}
         Speed against bytes of the codec.
     quorum : float

@@ -1,10 +1,12 @@
 """One round of the server loop: send, receive, check every reply, account for it, aggregate."""
 
+import functools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from sparsekit.codec.core import STEPS
 from sparsekit.errors import BaseMismatchError, CodecError, RunError, TemplateError
 from sparsekit.fed import messages
 from sparsekit.fed.algorithm import (
@@ -15,9 +17,10 @@ from sparsekit.fed.algorithm import (
     aggregate,
     plan_round,
     read_update,
+    whole_payload,
 )
 from sparsekit.fed.config import RunConfig
-from sparsekit.fed.engines.base import Answered, Engine, Failure
+from sparsekit.fed.engines.base import STALE, Answered, Engine, Failure, Reply
 from sparsekit.fed.ledger import OUTCOME_OK, LedgerRow, message_row
 from sparsekit.fed.plan import TASK_TRAIN, Hello, Report, TrainPlan, from_control, to_control
 from sparsekit.types import Masks
@@ -45,12 +48,15 @@ class RoundOutcome:
         Accepted replies by site.
     failures : dict of Failure
         The others, each with its named outcome.
+    order : Order
+        What was sent.
     """
 
     state: ServerState
     rows: list[LedgerRow]
     answers: dict[str, Answer]
     failures: dict[str, Failure]
+    order: Order
 
 
 def play_round(
@@ -59,8 +65,12 @@ def play_round(
     engine: Engine,
     hellos: Mapping[str, Hello],
     answered: Answered,
+    holding: Collection[str] = (),
 ) -> RoundOutcome:
     """Play the next round, or after the last one hand out and evaluate the final model.
+
+    Sites in `holding` have the model of the round before: to them goes what has changed. One that
+    has lost it gets the whole model at once.
 
     Raises
     ------
@@ -68,31 +78,14 @@ def play_round(
         If fewer sites than the quorum gave a usable reply.
     """
     order = plan_round(state, config)
-    plan, payload = order.plan, order.payload
-    request = messages.pack(to_control(plan), payload)
+    plan = order.plan
     dense_bytes = 4 * sum(tensor.numel() for tensor in state.weights.values())
-    replies = engine.exchange(dict.fromkeys(hellos, request), answered)
-    rows: list[LedgerRow] = []
+    replies, rows = _exchange(order, engine, sorted(hellos), answered, holding, dense_bytes)
     answers: dict[str, Answer] = {}
     failures: dict[str, Failure] = {}
     for site in sorted(hellos):
         reply = replies[site]
         lost = reply if isinstance(reply, Failure) else None
-        unsent = lost is not None and lost.sent_bytes == 0
-        rows.append(
-            message_row(
-                round_number=plan.round,
-                client=site,
-                direction="down",
-                outcome=lost.outcome if lost and unsent else OUTCOME_OK,
-                dense_equivalent_bytes=0 if unsent else dense_bytes,
-                message_bytes=len(request),
-                payload_bytes=len(payload),
-                travels=engine.travels,
-                frame_bytes=engine.frame_bytes,
-                carried_bytes=lost.sent_bytes if lost else None,
-            )
-        )
         data, seconds = (b"", 0.0) if isinstance(reply, Failure) else (reply.data, reply.seconds)
         verdict = reply if isinstance(reply, Failure) else _judge(data, order, hellos[site])
         if isinstance(verdict, Failure):
@@ -121,8 +114,78 @@ def play_round(
     _require_quorum(plan, config, answers, failures, rows)
     if plan.task == TASK_TRAIN:
         updates = {site: a.update for site, a in answers.items() if a.update is not None}
-        state = aggregate(state, updates, config)
-    return RoundOutcome(state=state, rows=rows, answers=answers, failures=failures)
+        rounded = order.sent.weights if config.values in STEPS else None
+        state = replace(
+            aggregate(state, updates, config, rounded), sent=dict(order.sent.weights)
+        )  # fmt: skip
+    return RoundOutcome(state=state, rows=rows, answers=answers, failures=failures, order=order)
+
+
+def _exchange(
+    order: Order,
+    engine: Engine,
+    sites: Sequence[str],
+    answered: Answered,
+    holding: Collection[str],
+    dense_bytes: int,
+) -> tuple[dict[str, Reply | Failure], list[LedgerRow]]:
+    """Send every site what it can decode; return the replies and the account of what went out."""
+    whole = functools.cache(lambda: whole_payload(order))
+    packed = functools.cache(lambda payload: messages.pack(to_control(order.plan), payload))
+    payloads = {
+        site: order.payload if site in holding or not order.based else whole() for site in sites
+    }
+    replies = engine.exchange({site: packed(payloads[site]) for site in sites}, answered)
+    rows = [_down(order, engine, s, payloads[s], replies[s], dense_bytes) for s in sites]
+    again = []
+    for site in sites:
+        reply = replies[site]
+        lost = isinstance(reply, Failure) and reply.outcome == STALE
+        if lost and order.based and payloads[site] is order.payload:
+            again.append(site)
+            rows.append(
+                message_row(
+                    round_number=order.plan.round,
+                    client=site,
+                    direction="up",
+                    outcome=STALE,
+                    dense_equivalent_bytes=0,
+                    message_bytes=0,
+                    payload_bytes=0,
+                    travels=engine.travels,
+                    frame_bytes=engine.frame_bytes,
+                    carried_bytes=reply.received_bytes if isinstance(reply, Failure) else None,
+                )
+            )
+    if again:
+        second = engine.exchange(dict.fromkeys(again, packed(whole())), lambda _: None)
+        rows += [_down(order, engine, s, whole(), second[s], dense_bytes) for s in again]
+        replies |= second
+    return replies, rows
+
+
+def _down(
+    order: Order,
+    engine: Engine,
+    site: str,
+    payload: bytes,
+    reply: Reply | Failure,
+    dense_bytes: int,
+) -> LedgerRow:
+    lost = reply if isinstance(reply, Failure) else None
+    unsent = lost is not None and lost.sent_bytes == 0
+    return message_row(
+        round_number=order.plan.round,
+        client=site,
+        direction="down",
+        outcome=lost.outcome if lost and unsent else OUTCOME_OK,
+        dense_equivalent_bytes=0 if unsent else dense_bytes,
+        message_bytes=len(messages.pack(to_control(order.plan), payload)),
+        payload_bytes=len(payload),
+        travels=engine.travels,
+        frame_bytes=engine.frame_bytes,
+        carried_bytes=lost.sent_bytes if lost else None,
+    )
 
 
 def _payload_bytes(data: bytes) -> int:
@@ -150,7 +213,7 @@ def _judge(data: bytes, order: Order, hello: Hello) -> Answer | Failure:
         update = read_update(message.payload, plan=plan, sent=order.sent, n_train=hello.n_train)
         return Answer(report=report, update=update)
     except BaseMismatchError as error:
-        return Failure("stale-base", str(error))
+        return Failure(STALE, str(error))
     except TemplateError as error:
         return Failure("shape", str(error))
     except NonFiniteUpdateError as error:

@@ -15,10 +15,9 @@ from sparsekit.errors import CohortError, RunError, SparsekitError, SparsekitWar
 from sparsekit.fed import checkpoint, messages
 from sparsekit.fed.algorithm import (
     ServerState,
-    encode_model,
+    encode_whole,
     initial_state,
     is_prunable,
-    plan_round,
 )
 from sparsekit.fed.checkpoint import Checkpoint, resume_command
 from sparsekit.fed.config import RunConfig, dump_config, load_config_file, make_config
@@ -243,19 +242,21 @@ def _loop(
         _check_contents(saved.contents, hellos)
         ledger.truncate(saved.ledger_bytes)
     server, history, seconds = saved.server, list(saved.history), saved.seconds
+    holding: frozenset[str] = frozenset()
 
-    while server.round <= config.rounds:
+    while True:
         number = server.round + 1
         watcher.round_started(number, config.rounds, len(hellos))
         start = time.perf_counter()
         try:
             with _warnings_as_notices(watcher):
-                outcome = play_round(server, config, engine, hellos, watcher.site_answered)
+                outcome = play_round(server, config, engine, hellos, watcher.site_answered, holding)
         except QuorumError as error:
             ledger.append(error.rows)
             raise
         for site, failure in outcome.failures.items():
             watcher.notice(f"round {number}: {site} is out: {failure.outcome} ({failure.detail})")
+        holding, order = frozenset(outcome.answers), outcome.order
         # The reports tell how good the model was that the sites received.
         history[-1] = history[-1] | evaluation(outcome.answers)
         if history[-1]["test_n"]:
@@ -278,8 +279,7 @@ def _loop(
             keep=config.keep_checkpoints,
         )
     # As the sites received it at the end, for that is what they evaluated.
-    plan = replace(plan_round(server, config).plan, round=server.round)
-    model = encode_model(server.weights, plan, masks=server.masks)
+    model = encode_whole(order.sent, replace(order.plan, round=server.round))
     write_atomically(run / MODEL_FILE, model)
     return Checkpoint(server, history, ledger.size_bytes, seconds, saved.contents)
 

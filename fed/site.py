@@ -1,4 +1,8 @@
-"""A site: answers each message from its own scans, and keeps nothing from round to round."""
+"""A site: answers each message from its own scans.
+
+From round to round it keeps the model it received last, and only to understand messages that say
+what has changed since: no answer depends on it.
+"""
 
 import csv
 import io
@@ -65,6 +69,7 @@ class Site:
         self.data = data
         self.folder = folder
         self.device = torch.device(device)
+        self._held: dict[str, Tensor] | None = None
 
     def hello(self) -> bytes:
         """Return the message that introduces the site."""
@@ -83,6 +88,8 @@ class Site:
 
         Raises
         ------
+        BaseMismatchError
+            If the request leans on a model that this site does not hold.
         CodecError
             If the request is damaged.
         """
@@ -90,11 +97,13 @@ class Site:
         plan = from_control(TrainPlan, message.control)
         model = build_model(plan)
         template = {name: p.detach() for name, p in model.named_parameters()}
-        weights = decode(message.payload, template=template)
+        base = self._held
+        weights = decode(message.payload, base=base, template=template)
         masks: dict[str, Tensor] | None = None
         if plan.masked:
-            kept = decode_masks(message.payload)
+            kept = decode_masks(message.payload, base=base)
             masks = {name: kept[name] for name in maskable_names(weights, paper=plan.paper)}
+        self._held = weights
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(weights[name])
@@ -156,9 +165,8 @@ class Site:
                 name: torch.where(masks[name], value, 0.0) if name in masks else value
                 for name, value in updated.items()
             }
-        # The received model is a base that both ends hold: an unchanged mask costs no bytes.
-        base = received if masks is not None else None
-        return encode_model(updated, plan, masks=masks, base=base)
+        # The received model is a base that both ends hold.
+        return encode_model(updated, plan, masks=masks, base=received)
 
     def _store_predictions(
         self,

@@ -17,6 +17,10 @@ class Reply:
     seconds: float
 
 
+STALE = "stale-base"
+"""Outcome where the other end does not hold what a message leans on."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """Why a site gave no usable answer; ``outcome`` is the ledger's word for it."""

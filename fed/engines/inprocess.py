@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from sparsekit.errors import CodecError, SparsekitError
-from sparsekit.fed.engines.base import Answered, Failure, Reply, ask_all
+from sparsekit.errors import BaseMismatchError, CodecError, SparsekitError
+from sparsekit.fed.engines.base import STALE, Answered, Failure, Reply, ask_all
 from sparsekit.fed.site import Site
 
 
@@ -63,6 +63,8 @@ class InProcessEngine:
         start = time.perf_counter()
         try:
             data = self._sites[name].handle(request, self._stop.is_set)
+        except BaseMismatchError as error:
+            return Failure(STALE, str(error))
         except CodecError as error:
             return Failure("corrupt", str(error))
         except (SparsekitError, OSError) as error:

@@ -19,7 +19,7 @@ from urllib.parse import quote
 from sparsekit.errors import CodecError, RunError
 from sparsekit.fed import messages
 from sparsekit.fed.engines import framed
-from sparsekit.fed.engines.base import Answered, Failure, Reply, ask_all
+from sparsekit.fed.engines.base import STALE, Answered, Failure, Reply, ask_all
 from sparsekit.fed.engines.framed import BrokenFrameError, Connection, Counts
 from sparsekit.fed.engines.site_process import SECRET, SERVER, THREADS
 
@@ -30,7 +30,7 @@ _GOODBYE_SECONDS = 5.0
 _START_SECONDS, _START_SECONDS_EACH = 120.0, 10.0
 # For one that lives and may be about to connect again.
 _MOMENT_SECONDS = 1.0
-_OUTCOMES = ("corrupt", "dead")
+_OUTCOMES = ("corrupt", "dead", STALE)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,10 +16,11 @@ from urllib.parse import unquote
 
 import torch
 
-from sparsekit.errors import CodecError, SparsekitError
+from sparsekit.errors import BaseMismatchError, CodecError, SparsekitError
 from sparsekit.fed import messages
 from sparsekit.fed.config import load_config_file, make_config
 from sparsekit.fed.engines import framed
+from sparsekit.fed.engines.base import STALE
 from sparsekit.fed.engines.framed import BrokenFrameError, Connection
 from sparsekit.fed.prepare import prepare_sites
 from sparsekit.fed.site import Site
@@ -81,6 +82,8 @@ def _serve(site: Site, connection: Connection, abandoned: Callable[[], bool]) ->
 def _answer(site: Site, request: bytes, abandoned: Callable[[], bool]) -> tuple[int, bytes]:
     try:
         return framed.REPLY, site.handle(request, abandoned)
+    except BaseMismatchError as error:
+        outcome, detail = STALE, str(error)
     except CodecError as error:
         outcome, detail = "corrupt", str(error)
     except (SparsekitError, OSError) as error:

@@ -49,7 +49,7 @@ def run_command(
         str | None, typer.Option(help="refuse (default) or skip scans that cannot be used.")
     ] = None,
     values: Annotated[
-        str | None, typer.Option(help="Weights that travel: lossless | bf16 | fp16")
+        str | None, typer.Option(help="Weights that travel: lossless | bf16 | fp16 | int8 | int4")
     ] = None,
     level: Annotated[str | None, typer.Option(help="Of the codec: fast | balanced | small")] = None,
     engine: Annotated[

@@ -46,7 +46,8 @@ BASED = ("same", "subset", "predicted")
 _KINDS: dict[Values, sections.Kind] = {
     "lossless": None, "bf16": "bfloat16", "fp16": "float16", "int8": 8, "int4": 4,
 }  # fmt: skip
-_STEPS = ("int8", "int4")
+STEPS = ("int8", "int4")
+"""Values that are whole numbers of steps away from the base."""
 _FORCED = {
     "dense": MaskCode.DENSE,
     "bitmap": MaskCode.BITMAP,
@@ -164,7 +165,7 @@ def _encode_one(
 
 def _held(base: Elements | None, keep: Bools, level: Level, values: Values) -> sections.Held | None:
     """What the base holds where an element is kept, if that can be of use."""
-    if base is None or base.dtype.name != "float32" or (level == "fast" and values not in _STEPS):
+    if base is None or base.dtype.name != "float32" or (level == "fast" and values not in STEPS):
         return None
     held = sections.compact(base.bits, keep, int(np.count_nonzero(keep)))
     return sections.Held(canonical(held, base.dtype), delta.block_counts(keep))

@@ -7,10 +7,18 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from sparsekit.codec import decode, encode
+from sparsekit.codec import decode, encode, inspect
 from sparsekit.codec.core import Values
 from sparsekit.fed import messages
-from sparsekit.fed.algorithm import ServerState, aggregate, initial_state, plan_round, read_update
+from sparsekit.fed.algorithm import (
+    ServerState,
+    Update,
+    aggregate,
+    initial_state,
+    plan_round,
+    read_update,
+    whole_payload,
+)
 from sparsekit.fed.config import RunConfig
 from sparsekit.fed.engines.base import Answered, Failure, Reply
 from sparsekit.fed.plan import Hello, Report, TrainPlan, from_control, to_control
@@ -289,3 +297,77 @@ def test_what_was_never_sent_counts_no_bytes(state: ServerState) -> None:
     assert [down[site].outcome for site in "abcdef"] == ["ok", "dead", "ok", "ok", "ok", "ok"]
     assert [bool(down[site].dense_equivalent_bytes) for site in "ab"] == [True, False]
     assert [bool(up[site].dense_equivalent_bytes) for site in "ab"] == [True, False]
+
+
+class Forgetful(Scripted):
+    """An engine of which some sites have lost the model that they held."""
+
+    def __init__(self, replies: Mapping[str, bytes | Failure], lost: set[str]) -> None:
+        super().__init__(replies)
+        self.lost = lost
+        self.requests: list[dict[str, bytes]] = []
+
+    def exchange(
+        self, requests: Mapping[str, bytes], answered: Answered
+    ) -> dict[str, Reply | Failure]:
+        self.requests.append(dict(requests))
+        replies = super().exchange(requests, answered)
+        for site, request in requests.items():
+            if site in self.lost and inspect(messages.unpack(request).payload).base_digest:
+                replies[site] = Failure("stale-base", "not held", received_bytes=30)
+        return replies
+
+
+def test_a_site_that_lost_its_model_gets_it_whole_in_the_same_round(state: ServerState) -> None:
+    sites = ("a", "b", "c")
+    first = play_round(
+        state, CONFIG, Scripted({s: good(state, s, 0.1) for s in sites}), hellos(*sites),
+        lambda _: None,
+    ).state  # fmt: skip
+    engine = Forgetful({s: good(first, s, 0.01) for s in sites}, {"b", "c"})
+    outcome = play_round(first, CONFIG, engine, hellos(*sites), lambda _: None, {"a", "b"})
+    assert set(outcome.answers) == set(sites)
+    assert [sorted(requests) for requests in engine.requests] == [["a", "b", "c"], ["b"]]
+    sizes = [{s: len(r) for s, r in requests.items()} for requests in engine.requests]
+    assert sizes[0]["a"] == sizes[0]["b"] < sizes[0]["c"] == sizes[1]["b"]
+    down, up = (
+        [(r.client, r.outcome, r.transport_bytes) for r in outcome.rows if r.direction == d]
+        for d in ("down", "up")
+    )
+    assert sorted(down) == sorted(
+        [*((s, "ok", n) for s, n in sizes[0].items()), ("b", "ok", sizes[1]["b"])]
+    )
+    assert ("b", "stale-base", 30) in up
+    assert sorted(o for s, o, _ in up if s == "b") == ["ok", "stale-base"]
+    plain = Scripted({s: good(first, s, 0.01) for s in sites})
+    whole = play_round(first, CONFIG, plain, hellos(*sites), lambda _: None)
+    for name, tensor in whole.state.weights.items():
+        assert torch.equal(outcome.state.weights[name], tensor)
+
+
+def test_a_site_that_cannot_decode_the_whole_model_is_out(state: ServerState) -> None:
+    engine = Scripted({"a": good(state, "a", 0.1), "b": Failure("stale-base", "never")})
+    config = dataclasses.replace(CONFIG, quorum=0.5)
+    outcome = play_round(state, config, engine, hellos("a", "b"), lambda _: None, {"a", "b"})
+    assert outcome.failures["b"].outcome == "stale-base"
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_what_rounding_took_away_is_sent_later(state: ServerState, values: Values) -> None:
+    config = dataclasses.replace(CONFIG, values=values, strategy="fedavg")
+    target = {
+        name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in state.weights.items()
+    }
+    for number in range(6):
+        order = plan_round(state, config)
+        assert order.based == (number > 0)
+        whole = decode(whole_payload(order))
+        assert all(torch.equal(whole[name], w) for name, w in order.sent.weights.items())
+        # The sites send back what they got: all that changes is what had been rounded.
+        update = Update(dict(order.sent.weights), None, 1)
+        merged = aggregate(state, {"a": update}, config, order.sent.weights)
+        if number == 0:
+            merged = dataclasses.replace(merged, weights=target)
+        state = dataclasses.replace(merged, sent=dict(order.sent.weights))
+    for name, tensor in plan_round(state, config).sent.weights.items():
+        assert torch.allclose(tensor, target[name], atol=1e-4), name

@@ -169,7 +169,7 @@ def test_what_a_kill_left_is_neither_taken_nor_kept(tmp_path: Path) -> None:
     [
         ("state.json", b""),
         ("state.json", b"[]"),
-        ("state.json", b'{"layout": 1}'),
+        ("state.json", b'{"layout": 2}'),
         ("state.json", b"\xff"),
         ("model.spu", b""),
         ("model.spu", b"SPKU"),
