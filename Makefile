@@ -18,7 +18,7 @@ endef
 BENCH := build/bench-cpu
 BENCH_FILES ?= ceilings topk block process conv step
 
-.PHONY: help install demo demo-seeds trace fit-selector bench-cpu fuzz test check format clean
+.PHONY: help install demo demo-seeds values trace fit-selector bench-cpu fuzz test check format clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -46,6 +46,16 @@ demo-seeds: $(STAMP) ## the demo on three seeds (about 15 minutes); writes docs/
 	$(call demo_runs,build/demo-seeds/2,2)
 	$(BIN)/python tools/demo_table.py collect build/demo-seeds/0 build/demo-seeds/1 build/demo-seeds/2
 	$(BIN)/python tools/demo_table.py write
+
+values: $(STAMP) ## a run for each --values on the demo's cohort (about 6 minutes); writes docs/results/values.*
+	rm -rf build/values
+	mkdir -p build/values
+	$(BIN)/sparsekit cohort make build/values/cohort $(DEMO_COHORT) --workers 2
+	for values in lossless bf16 fp16 int8 int4; do \
+	  $(BIN)/sparsekit fed run --cohort build/values/cohort --out build/values/$$values --config examples/demo.toml --strategy fedsparsify-global --sparsity 0.95 --values $$values > build/values/$$values.txt || exit 1; \
+	done
+	$(BIN)/python tools/values_table.py collect build/values
+	$(BIN)/python tools/values_table.py write
 
 trace: $(STAMP) ## weights of a FedSparsify run after each of 40 rounds, for codec work: build/trace
 	rm -rf build/trace

@@ -4,7 +4,6 @@ import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from sparsekit.codec.core import STEPS
 from sparsekit.errors import BaseMismatchError, CodecError, RunError, TemplateError
@@ -23,7 +22,6 @@ from sparsekit.fed.config import RunConfig
 from sparsekit.fed.engines.base import STALE, Answered, Engine, Failure, Reply
 from sparsekit.fed.ledger import OUTCOME_OK, LedgerRow, message_row
 from sparsekit.fed.plan import TASK_TRAIN, Hello, Report, TrainPlan, from_control, to_control
-from sparsekit.types import Masks
 
 
 @dataclass(frozen=True)
@@ -246,32 +244,3 @@ def _require_quorum(
             f"is {needed}. {reasons}. Mend the sites and continue with `sparsekit fed resume RUN`.",
             rows,
         )
-
-
-def layer_sparsity(masks: Masks | None) -> dict[str, float]:
-    """Return the fraction pruned of every tensor that has a mask."""
-    return {name: 1.0 - float(mask.double().mean()) for name, mask in (masks or {}).items()}
-
-
-def sum_bytes(rows: list[LedgerRow], direction: str, level: str) -> int:
-    """Add up one level of bytes in one direction."""
-    return sum(getattr(row, level) for row in rows if row.direction == direction)
-
-
-def evaluation(answers: Mapping[str, Answer]) -> dict[str, Any]:
-    """Combine the sites' errors on their held-out people, in years."""
-    sites: dict[str, float | None] = {}
-    total = 0.0
-    people = 0
-    diverged = False
-    for site in sorted(answers):
-        report = answers[site].report
-        if report.test_abs_error_sum is None:
-            diverged = True
-            sites[site] = None
-        elif report.test_n:
-            sites[site] = report.test_abs_error_sum / report.test_n
-            total += report.test_abs_error_sum
-            people += report.test_n
-    mae = total / people if people and not diverged else None
-    return {"test_mae": mae, "test_n": people, "site_mae": sites}

@@ -25,10 +25,17 @@ from sparsekit.fed.engines.base import Engine
 from sparsekit.fed.engines.inprocess import InProcessEngine
 from sparsekit.fed.engines.processes import ProcessesEngine, SiteProcess
 from sparsekit.fed.ledger import OUTCOME_OK, Ledger, message_row
+from sparsekit.fed.measures import (
+    evaluation,
+    layer_sparsity,
+    mask_bits_per_weight,
+    sum_bytes,
+    weight_change,
+)
 from sparsekit.fed.plan import Hello, from_control
 from sparsekit.fed.prepare import pool_sites, prepare_sites
 from sparsekit.fed.result import summarize
-from sparsekit.fed.rounds import QuorumError, evaluation, layer_sparsity, play_round, sum_bytes
+from sparsekit.fed.rounds import QuorumError, play_round
 from sparsekit.fed.site import Site, SitePeople
 from sparsekit.fed.storage import remove_leftovers, write_atomically, write_json
 
@@ -264,6 +271,8 @@ def _loop(
         ledger.append(outcome.rows)
         seconds += time.perf_counter() - start
         entry = _entry(outcome.state, number, outcome.rows, seconds)
+        entry["weight_change"] = weight_change(server.weights, outcome.state)
+        entry["mask_bits_per_weight"] = mask_bits_per_weight(order)
         if number > config.rounds:
             history[-1] |= {"final_" + k: entry[k] for k in ("payload_down", "transport_down")}
             break

@@ -11,7 +11,7 @@ from sparsekit.bench.pages import rows_of
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("tool", ["demo_table.py", "cpu_table.py"])
+@pytest.mark.parametrize("tool", ["demo_table.py", "cpu_table.py", "values_table.py"])
 def test_tables_are_those_of_the_results_files(tool: str) -> None:
     done = subprocess.run(
         [sys.executable, f"tools/{tool}", "write", "--check"],
