@@ -12,12 +12,17 @@ if not _sys.platform.startswith("linux"):
         "or the Windows Subsystem for Linux"
     )
 
-from sparsekit import flops, models, nn, prune, schedule
+from importlib.util import find_spec as _find_spec
+
 from sparsekit._version import __version__
-from sparsekit.codec import PayloadInfo, base_digest, decode, decode_masks, encode, inspect
-from sparsekit.explanation import explain
-from sparsekit.nn import MaskedConv3d, densify, sparsify
-from sparsekit.ops import conv_norm_pool_relu, masked_conv3d, norm_pool_relu, topk_mask
+
+# Without torch `sparsekit.codec.arrays` still reads payloads.
+if _find_spec("torch") is not None:
+    from sparsekit import flops, models, nn, prune, schedule
+    from sparsekit.codec import PayloadInfo, base_digest, decode, decode_masks, encode, inspect
+    from sparsekit.explanation import explain
+    from sparsekit.nn import MaskedConv3d, densify, sparsify
+    from sparsekit.ops import conv_norm_pool_relu, masked_conv3d, norm_pool_relu, topk_mask
 
 __all__ = [
     "MaskedConv3d",

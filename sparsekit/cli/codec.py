@@ -4,7 +4,7 @@ import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Annotated
+from typing import IO, Annotated, Any
 
 import numpy as np
 import torch
@@ -16,14 +16,17 @@ from torch import Tensor
 
 from sparsekit import codec
 from sparsekit.codec import PayloadInfo, RecordInfo
-from sparsekit.errors import ArgumentError, UsageError
+from sparsekit.codec.interop import from_torch_prune
+from sparsekit.errors import ArgumentError, MissingExtraError, UsageError
 
 app = typer.Typer(no_args_is_help=True, help="Inspect, write and read payloads of sparse states.")
 
+_SUFFIXES = ".pt, .pth, .npz or .safetensors"
 Payload = Annotated[Path, typer.Argument(metavar="FILE", help="Payload.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
 Base = Annotated[
-    Path | None, typer.Option("--base", help="State that both ends hold (.pt, .pth or .npz).")
+    Path | None,
+    typer.Option("--base", help=f"State that both ends hold ({_SUFFIXES})."),
 ]
 
 
@@ -42,21 +45,27 @@ def inspect_command(file: Payload) -> None:
 
 @app.command("encode")
 def encode_command(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="State (.pt, .pth or .npz).")],
+    source: Annotated[Path, typer.Argument(metavar="IN", help=f"State ({_SUFFIXES}).")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Payload to write.")],
     base: Base = None,
     mask_encoding: Annotated[
-        str, typer.Option(help="auto | dense | bitmap | rice | csr | same")
+        str,
+        typer.Option(help="auto | dense | bitmap | rice | csr | same | subset | predicted"),
     ] = "auto",
-    values: Annotated[str, typer.Option(help="lossless | bf16 | fp16")] = "lossless",
+    values: Annotated[str, typer.Option(help="lossless | bf16 | fp16 | int8 | int4")] = "lossless",
     level: Annotated[str, typer.Option(help="fast | balanced | small")] = "balanced",
     round_: Annotated[int, typer.Option("--round", help="Number to put in the header.")] = 0,
     force: Force = False,
 ) -> None:
-    """Write the state in IN as a payload; masks are its non-zero patterns."""
+    """Write the state in IN as a payload; masks are its non-zero patterns.
+
+    Of a state that torch.nn.utils.prune has made (NAME_orig, NAME_mask) they are its masks.
+    """
     _refuse_existing(target, force)
+    state, masks = from_torch_prune(load_state(source))
     payload = codec.encode(
-        load_state(source),
+        state,
+        masks=masks or None,
         base=None if base is None else load_state(base),
         mask_encoding=mask_encoding,  # type: ignore[arg-type]  # encode checks all three
         level=level,  # type: ignore[arg-type]
@@ -74,27 +83,35 @@ def encode_command(
 @app.command("decode")
 def decode_command(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Payload.")],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="File to write (.npz).")],
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT", help="File to write: .npz, .safetensors.")
+    ],
     base: Base = None,
     max_bytes: Annotated[
         int | None, typer.Option(help="Most bytes that the tensors may take. [default: 4 GiB]")
     ] = None,
     force: Force = False,
 ) -> None:
-    """Write the tensors of a payload as an .npz file; bfloat16 becomes float32, exactly."""
-    if target.suffix != ".npz":
-        raise UsageError(f"OUT: expected a name that ends in .npz, got {target.name!r}")
+    """Write the tensors of a payload; in an .npz file bfloat16 becomes float32, exactly."""
+    if target.suffix not in (".npz", ".safetensors"):
+        raise UsageError(
+            f"OUT: expected a name that ends in .npz or .safetensors, got {target.name!r}"
+        )
     _refuse_existing(target, force)
     state = codec.decode(
         source.read_bytes(),
         base=None if base is None else load_state(base),
         max_bytes=max_bytes,
     )
-    _write_whole(target, lambda file: _write_npz(file, state), force)
+    if target.suffix == ".npz":
+        _write_whole(target, lambda file: _write_npz(file, state), force)
+    else:
+        data = _safetensors().save(state)
+        _write_whole(target, lambda file: file.write(data), force)
 
 
 def load_state(path: Path) -> dict[str, Tensor]:
-    """Read a state file: .npz, or .pt and .pth as written by ``torch.save(state_dict)``.
+    """Read a state file: .npz, .safetensors, or .pt and .pth as ``torch.save(state_dict)`` writes.
 
     Raises
     ------
@@ -107,8 +124,10 @@ def load_state(path: Path) -> dict[str, Tensor]:
         loaded: object = _load_npz(path)
     elif path.suffix in (".pt", ".pth"):
         loaded = _load_torch(path)
+    elif path.suffix == ".safetensors":
+        loaded = _load_safetensors(path)
     else:
-        raise UsageError(f"{path}: expected a name that ends in .pt, .pth or .npz")
+        raise UsageError(f"{path}: expected a name that ends in .pt, .pth, .npz or .safetensors")
     if not isinstance(loaded, dict):
         raise ArgumentError(
             f"{path}: expected tensors by name, got {type(loaded).__name__}; "
@@ -153,6 +172,28 @@ def _load_torch(path: Path) -> object:
             f"{path}: torch.load cannot read it as a state ({type(error).__name__}); "
             "save it with torch.save(model.state_dict(), ...)"
         ) from error
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    data = path.read_bytes()
+    try:
+        state: dict[str, Tensor] = _safetensors().load(data)
+    except MissingExtraError:
+        raise
+    except Exception as error:
+        # Its reader raises an error of its own for damage, and others for unknown dtypes.
+        raise ArgumentError(f"{path}: it is no .safetensors file ({error})") from error
+    return state
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise MissingExtraError(
+            "safetensors: not installed; `pip install sparsekit3d[interop]` brings it"
+        ) from None
+    return safetensors.torch
 
 
 def _refuse_existing(target: Path, force: bool) -> None:

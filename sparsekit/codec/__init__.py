@@ -1,7 +1,11 @@
 """Payloads of sparse states: `docs/wire-format.md` has the bytes."""
 
-from sparsekit.codec.info import PayloadInfo, RecordInfo, inspect
-from sparsekit.codec.tensors import base_digest, decode, decode_masks, encode
+from importlib.util import find_spec
+
+# Without torch `sparsekit.codec.arrays` still reads payloads.
+if find_spec("torch") is not None:
+    from sparsekit.codec.info import PayloadInfo, RecordInfo, inspect
+    from sparsekit.codec.tensors import base_digest, decode, decode_masks, encode
 
 __all__ = [
     "PayloadInfo",

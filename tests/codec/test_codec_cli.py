@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+import torch.nn.utils.prune
 
 from sparsekit import codec
 from sparsekit.cli import main
@@ -140,7 +142,7 @@ def pt_of(value: object) -> bytes:
 @pytest.mark.parametrize(
     ("name", "content", "code", "match"),
     [
-        pytest.param("a.safetensors", b"", 2, "ends in .pt, .pth or .npz", id="suffix"),
+        pytest.param("a.onnx", b"", 2, "ends in .pt, .pth, .npz or .safetensors", id="suffix"),
         pytest.param("a.npz", b"", 1, "a.npz: it is no .npz file", id="npz-empty"),
         pytest.param("a.npz", b"PK\x03\x04zzzz", 1, "a.npz: it is no .npz file", id="npz-damaged"),
         pytest.param("a.npz", npz_of_objects(), 1, "a.npz: it is no .npz file", id="npz-objects"),
@@ -203,3 +205,44 @@ def test_force_replaces_the_file() -> None:
     assert run("decode", "state.spu", "out.npz", "--force") == 0
     with np.load("out.npz") as arrays:
         assert arrays.files == list(STATE)
+
+
+@pytest.mark.usefixtures("folder")
+def test_safetensors_go_in_and_out() -> None:
+    assert run("decode", "state.spu", "out.safetensors") == 0
+    state = safetensors.torch.load_file("out.safetensors")
+    assert set(state) == set(STATE)
+    assert all(torch.equal(state[name], tensor) for name, tensor in STATE.items())
+    assert all(state[name].dtype == tensor.dtype for name, tensor in STATE.items())
+    assert run("encode", "out.safetensors", "again.spu") == 0
+    again = codec.decode(Path("again.spu").read_bytes(), template=STATE)
+    assert all(torch.equal(again[name], tensor) for name, tensor in STATE.items())
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_damaged_safetensors_file_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bad.safetensors").write_bytes(b"\xff" * 30)
+    assert run("encode", "bad.safetensors", "out.spu") == 1
+    assert "bad.safetensors: it is no .safetensors file" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("folder")
+def test_masks_of_torchs_pruning_are_taken() -> None:
+    layer = torch.nn.utils.prune.l1_unstructured(torch.nn.Linear(6, 5), "weight", amount=20)
+    torch.save(layer.state_dict(), "pruned.pt")
+    assert run("encode", "pruned.pt", "out.spu") == 0
+    payload = Path("out.spu").read_bytes()
+    assert list(codec.decode(payload)) == ["bias", "weight"]
+    assert int(codec.decode_masks(payload)["weight"].sum()) == 10
+
+
+@pytest.mark.usefixtures("folder")
+def test_what_has_changed_is_encoded_against_a_base() -> None:
+    torch.save({"w": torch.ones(1000)}, "before.pt")
+    torch.save({"w": torch.full((1000,), 1.0 + 2**-8)}, "after.pt")
+    options = ("--base", "before.pt", "--values", "int8")
+    assert run("encode", "after.pt", "out.spu", *options) == 0
+    assert Path("out.spu").stat().st_size < 200
+    assert run("decode", "out.spu", "out.npz", "--base", "before.pt") == 0
+    with np.load("out.npz") as arrays:
+        assert np.abs(arrays["w"] - 1.0 - 2**-8).max() < 1e-6
