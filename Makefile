@@ -18,7 +18,7 @@ endef
 BENCH := build/bench-cpu
 BENCH_FILES ?= ceilings topk block process conv step
 
-.PHONY: help install demo demo-seeds values trace fit-selector bench-cpu fuzz test check format clean
+.PHONY: help install demo demo-seeds values trace fit-selector bench-cpu bench-codec fuzz test check format clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -80,6 +80,14 @@ bench-cpu: $(STAMP) $(BENCH)/trained/result.json ## every CPU figure (about 13 m
 	done; \
 	$(BIN)/python tools/cpu_table.py collect $$files && $(BIN)/python tools/cpu_table.py write || exit 1; \
 	if [ -n "$$failed" ]; then echo "These did not pass; their tables lack rows:$$failed"; exit 1; fi
+
+# ZipNN comes as source only: where it cannot be built, its column is missing.
+bench-codec: $(STAMP) $(BENCH)/trained/result.json ## the codec beside others (about 6 minutes, on an idle machine); writes docs/results/codec.*
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt zipnn==0.5.4
+	BENCH_TRAINED=$(BENCH)/trained $(BIN)/python -m pytest bench/bench_codec.py -q \
+	  --benchmark-json=build/bench-codec.json --benchmark-columns=median,iqr,rounds
+	$(BIN)/python tools/codec_table.py collect build/bench-codec.json
+	$(BIN)/python tools/codec_table.py write
 
 $(BENCH)/trained/result.json: bench/trained.toml | $(STAMP)
 	rm -rf $(BENCH)/cohort $(BENCH)/trained

@@ -1,33 +1,43 @@
-"""Encode and decode a pruned BrainAgeCNN: sparsekit beside what people use otherwise.
+"""Encode and decode a pruned BrainAgeCNN on one thread, beside what people use otherwise.
 
-``pytest bench/bench_codec.py`` prints one group per direction and sparsity. Inputs are in main
-memory and caches as the rounds before left them (warm). The state is the paper's network with
-heavy-tailed random weights (Student t, 5 degrees of freedom), pruned by global magnitude; 11.8 MB
-dense. ``extra_info`` has the bytes of each payload, bits per weight and the versions. `memcpy`
-copies the dense bytes: the yardstick for speed.
+``make bench-codec`` runs it and writes docs/results/codec.*. One state is the paper's network with
+heavy-tailed random weights (Student t, 5 degrees of freedom), pruned by global magnitude. The
+other is a run's (``BENCH_TRAINED``, a folder of `fed run`): of its rounds that whose sparsity comes
+closest. Both have 3 million weights, 11.8 MB dense. Sides take turns; `memcpy` copies the dense
+bytes between two arrays that exist: the yardstick for speed.
 """
 
-import io
-from collections.abc import Callable
+import math
+import os
+from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from sparsekit import codec
+from sparsekit.bench.conftest import Compare
+from sparsekit.bench.pairs import Case
+from sparsekit.bench.rivals import SLOW, Rival, State, rivals
+from sparsekit.bench.trained import closest_round, read_weights
+from sparsekit.codec.core import Level
 from sparsekit.models import BrainAgeCNN
 
-State = dict[str, Tensor]
-
-SPARSITIES = (0.0, 0.5, 0.9, 0.95, 0.99)
+SPARSITIES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99)
+LARGE = 50_000
+MEMCPY = "memcpy"
+TRAINED = os.environ.get("BENCH_TRAINED", "")
 
 
 @cache
-def pruned_state(sparsity: float) -> State:
+def state_of(kind: str, sparsity: float) -> State:
     """Weights of the paper's network, of which the given share is zero; biases stay."""
+    if kind == "trained":
+        return read_weights(Path(TRAINED), closest_round(Path(TRAINED), sparsity))
     generator = np.random.default_rng(1990)
     state = {
         name: torch.from_numpy(generator.standard_t(5, tuple(tensor.shape)).astype(np.float32))
@@ -35,144 +45,88 @@ def pruned_state(sparsity: float) -> State:
     }
     weights = [tensor for tensor in state.values() if tensor.ndim > 1]
     sizes = torch.cat([weight.abs().reshape(-1) for weight in weights])
-    cut = int(sparsity * sizes.numel())
-    threshold = sizes.sort().values[cut]
+    threshold = sizes.sort().values[int(sparsity * sizes.numel())]
     for weight in weights:
         weight[weight.abs() < threshold] = 0.0
     return state
 
 
-def encode_torch(state: State) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
-
-
-def decode_torch(payload: bytes) -> State:
-    loaded: State = torch.load(io.BytesIO(payload), weights_only=True)
-    return loaded
-
-
-def encode_savez(state: State) -> bytes:
-    buffer = io.BytesIO()
-    arrays = {name: tensor.numpy() for name, tensor in state.items()}
-    np.savez_compressed(buffer, allow_pickle=False, **arrays)
-    return buffer.getvalue()
-
-
-def decode_savez(payload: bytes) -> State:
-    with np.load(io.BytesIO(payload)) as arrays:
-        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-
-
-def encode_packbits(state: State) -> bytes:
-    """Do it by hand: packed mask and kept values of each tensor, names and shapes left out."""
-    parts = []
-    for tensor in state.values():
-        array = tensor.numpy().reshape(-1)
-        keep = array != 0
-        parts += [np.packbits(keep).tobytes(), array[keep].tobytes()]
-    return b"".join(parts)
-
-
-def packbits_decoder(like: State) -> Callable[[bytes], State]:
-    """Return a decoder for `encode_packbits`, which needs names and shapes from elsewhere."""
-
-    def decode(payload: bytes) -> State:
-        state, at = {}, 0
-        for name, tensor in like.items():
-            n = tensor.numel()
-            packed = np.frombuffer(payload, np.uint8, -(-n // 8), at)
-            keep = np.unpackbits(packed, count=n).view(np.bool_)
-            at += packed.size
-            array = np.zeros(n, np.float32)
-            values = np.frombuffer(payload[at : at + 4 * np.count_nonzero(keep)], np.float32)
-            array[keep] = values
-            at += 4 * values.size
-            state[name] = torch.from_numpy(array.reshape(tuple(tensor.shape)))
-        return state
-
-    return decode
-
-
-CODECS: dict[str, tuple[Callable[[State], bytes], Callable[[bytes], State] | None]] = {
-    "sparsekit": (codec.encode, codec.decode),
-    "sparsekit-bitmap": (lambda state: codec.encode(state, mask_encoding="bitmap"), codec.decode),
-    "sparsekit-csr": (lambda state: codec.encode(state, mask_encoding="csr"), codec.decode),
-    "torch.save": (encode_torch, decode_torch),
-    "savez_compressed": (encode_savez, decode_savez),
-    "packbits": (encode_packbits, None),
-}
-
-
-def note(benchmark: BenchmarkFixture, payload: bytes, state: State, sparsity: float) -> None:
-    elements = sum(tensor.numel() for tensor in state.values())
-    benchmark.extra_info.update(
-        sparsity=sparsity,
-        payload_bytes=len(payload),
-        bits_per_weight=8 * len(payload) / elements,
-        dense_bytes=4 * elements,
-        device="cpu",
-        torch=torch.__version__,
-        numpy=np.__version__,
+def ours(level: Level) -> Rival:
+    """Return this library at a level."""
+    return Rival(
+        lambda state: codec.encode(state, level=level), lambda payload, _: codec.decode(payload)
     )
 
 
-def same(left: State, right: State) -> bool:
-    return list(left) == list(right) and all(torch.equal(left[name], right[name]) for name in left)
+def entropy(n: int, k: int) -> float:
+    """Bits of a mask that keeps `k` of `n` at random."""
+    p = k / n
+    return 0.0 if p in (0, 1) else -n * (p * math.log2(p) + (1 - p) * math.log2(1 - p))
 
 
-@pytest.mark.parametrize("name", CODECS)
-@pytest.mark.parametrize("sparsity", SPARSITIES)
-def test_encode(benchmark: BenchmarkFixture, name: str, sparsity: float) -> None:
-    state = pruned_state(sparsity)
-    encode, decode = CODECS[name]
-    benchmark.group = f"encode at {sparsity:.0%}"
-    payload = benchmark(encode, state)
-    note(benchmark, payload, state, sparsity)
-    assert same((decode or packbits_decoder(state))(payload), state)
+def masks_of(payload: bytes) -> dict[str, Any]:
+    """Bits of the masks beside their entropy: of large tensors one by one, and of all."""
+    records = codec.inspect(payload).records
+    bits = [(8 * r.mask_bytes, entropy(r.n, r.k), r.n) for r in records if r.n]
+    large = [b / h for b, h, n in bits if n >= LARGE and h]
+    return {
+        "worst_large": max(large, default=None),
+        "mask_bits": sum(b for b, _, _ in bits),
+        "mask_entropy": sum(h for _, h, _ in bits),
+        "bound_bits": sum(h for _, h, _ in bits) + 32 * sum(r.k for r in records),
+    }
 
 
-@pytest.mark.parametrize("name", CODECS)
-@pytest.mark.parametrize("sparsity", SPARSITIES)
-def test_decode(benchmark: BenchmarkFixture, name: str, sparsity: float) -> None:
-    state = pruned_state(sparsity)
-    encode, decode = CODECS[name]
-    payload = encode(state)
-    benchmark.group = f"decode at {sparsity:.0%}"
-    decoded = benchmark(decode or packbits_decoder(state), payload)
-    note(benchmark, payload, state, sparsity)
-    assert same(decoded, state)
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("sparsity", SPARSITIES)
-def test_decode_masks(benchmark: BenchmarkFixture, sparsity: float) -> None:
-    state = pruned_state(sparsity)
-    payload = codec.encode(state)
-    benchmark.group = f"decode at {sparsity:.0%}"
-    masks = benchmark(codec.decode_masks, payload)
-    note(benchmark, payload, state, sparsity)
-    assert same(masks, {name: tensor != 0 for name, tensor in state.items()})
-
-
-@pytest.mark.parametrize("sparsity", SPARSITIES)
-def test_encode_against_a_base_of_the_same_mask(
-    benchmark: BenchmarkFixture, sparsity: float
-) -> None:
-    base = pruned_state(sparsity)
-    state = {name: 0.5 * tensor for name, tensor in base.items()}
-    benchmark.group = f"encode at {sparsity:.0%}"
-    payload = benchmark(codec.encode, state, base=base)
-    note(benchmark, payload, state, sparsity)
-    assert same(codec.decode(payload, base=base), state)
-    assert codec.inspect(payload).mask_bytes == 0
-
-
-def test_memcpy(benchmark: BenchmarkFixture) -> None:
-    state = pruned_state(0.0)
+def copier(state: State) -> Callable[[], object]:
     dense = np.concatenate([tensor.numpy().reshape(-1) for tensor in state.values()])
     target = np.empty_like(dense)
-    benchmark.group = "memcpy of the dense bytes"
-    benchmark(np.copyto, target, dense)
-    note(benchmark, dense.tobytes(), state, 0.0)
-    assert np.array_equal(target, dense)
+    return lambda: np.copyto(target, dense)
+
+
+def same(left: State, right: State) -> bool:
+    return left.keys() == right.keys() and all(
+        torch.equal(tensor.view(torch.int32), right[name].view(torch.int32))
+        for name, tensor in left.items()
+    )
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("kind", ["synthetic", "trained"])
+@pytest.mark.parametrize("what", ["encode", "decode"])
+def test_codec(compare: Compare, what: str, kind: str, sparsity: float) -> None:
+    if kind == "trained" and not TRAINED:
+        pytest.skip("BENCH_TRAINED is not set")
+    # +0.0 for -0.0, which is all that this library would change.
+    state: dict[str, Tensor] = {name: t + 0.0 for name, t in state_of(kind, sparsity).items()}
+    found, missing = rivals()
+    found = found | {"sparsekit, fast": ours("fast"), "sparsekit": ours("balanced")}
+    sides: dict[str, Callable[[], object]] = {MEMCPY: copier(state)}
+    sizes = {}
+    for name, rival in found.items():
+        payload = rival.encode(state)
+        assert same(rival.decode(payload, state), state), name
+        sizes[name] = len(payload)
+
+        def encode(rival: Rival = rival) -> object:
+            return rival.encode(state)
+
+        def decode(rival: Rival = rival, payload: bytes = payload) -> object:
+            return rival.decode(payload, state)
+
+        sides[name] = encode if what == "encode" else decode
+    n = sum(tensor.numel() for tensor in state.values())
+    notes = {
+        "bytes": sizes, "missing": missing, "dense_bytes": 4 * n,
+        "kept": sum(int(t.count_nonzero()) for t in state.values()),
+        **masks_of(codec.encode(state)),
+    }  # fmt: skip
+    labels = {"what": what, "state": kind, "sparsity": sparsity}
+    compare(Case(labels, sides, notes, dict.fromkeys(SLOW, 100)), 9)

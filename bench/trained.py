@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from sparsekit.bench.network import GRID, LAYERS, convolutions
-from sparsekit.codec import decode_masks
+from sparsekit.codec import decode, decode_masks
 from sparsekit.errors import ArgumentError
 from sparsekit.models import BrainAgeCNN
 
@@ -71,3 +71,15 @@ def read_run(run: Path, round_number: int) -> tuple[dict[str, Tensor], dict[str,
     config = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
     settings = {name: config[name] for name in _SETTINGS if name in config}
     return _masks(payload), {"round": round_number, "run": settings}
+
+
+def read_weights(run: Path, round_number: int) -> dict[str, Tensor]:
+    """Weights of the model after a round.
+
+    Raises
+    ------
+    ArgumentError
+        The run has no checkpoints.
+    """
+    (payload,) = [p for p in _payloads(run) if p.parent.name == f"round-{round_number:05d}"]
+    return decode(payload.read_bytes())

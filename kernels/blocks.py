@@ -12,6 +12,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from sparsekit.kernels.vector_ir import LANES as VECTOR_LANES
+from sparsekit.kernels.vector_ir import splat
+
 LANES = 64
 """Elements of a block: their bits fill one integer."""
 
@@ -148,6 +151,88 @@ def _bools_of_bits(_typing_context: Any, word: Any, address: Any) -> Any:
     return types.void(word, address), codegen
 
 
+def _bits_of_nonzero(_typing_context: Any, address: Any, wanted: Any, item_bytes: Any) -> Any:
+    """Bits of the block of integers at an address: set where one of the wanted bits is."""
+    element = ir.IntType(8 * item_bytes.literal_value)
+
+    def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        values = vector_at(builder, arguments[0], element, LANES)
+        mask = arguments[1] if element.width == 64 else builder.trunc(arguments[1], element)
+        chosen = builder.and_(values, splat(builder, mask, LANES))
+        flags = builder.icmp_unsigned("!=", chosen, constant(element, 0, LANES))
+        return builder.bitcast(flags, _I64)
+
+    assert (address, wanted) == (types.uint64, types.uint64)
+    return types.uint64(address, wanted, item_bytes), codegen
+
+
+WIDE = VECTOR_LANES == 16
+"""Whether the processor packs and spreads 16 elements of 4 bytes with one instruction."""
+_I32 = ir.IntType(32)
+_SIXTEEN = ir.VectorType(_I32, 16)
+_FLAGS = ir.VectorType(_I1, 16)
+
+
+def _quarters(builder: Any, word: Any) -> Any:
+    """The four 16-bit parts of a word, as flags and as counts of bits."""
+    for quarter in range(4):
+        part = builder.trunc(builder.lshr(word, ir.Constant(_I64, 16 * quarter)), ir.IntType(16))
+        yield quarter, builder.bitcast(part, _FLAGS), builder.zext(builder.ctpop(part), _I64)
+
+
+def _pack_block(_typing_context: Any, source: Any, target: Any, word: Any) -> Any:
+    """Write those of a block of 4-byte elements whose bits are set, without gaps."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> None:
+        source, target, word = arguments
+        compress = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(_SIXTEEN, [_SIXTEEN, _FLAGS, _SIXTEEN]),
+            "llvm.experimental.vector.compress.v16i32",
+        )
+        store = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [_SIXTEEN, _SIXTEEN.as_pointer(), _I32, _FLAGS]),
+            "llvm.masked.store.v16i32.p0",
+        )
+        order = ir.Constant(_SIXTEEN, list(range(16)))
+        undefined = ir.Constant(_SIXTEEN, ir.Undefined)
+        for quarter, flags, count in _quarters(builder, word):
+            place = builder.add(source, ir.Constant(_I64, 64 * quarter))
+            values = vector_at(builder, place, _I32, 16)
+            packed = builder.call(compress, [values, flags, undefined])
+            # Not a whole vector: what follows may be another thread's, or nobody's.
+            narrow = builder.trunc(count, _I32)
+            inside = builder.icmp_unsigned("<", order, splat(builder, narrow, 16))
+            pointer = builder.inttoptr(target, _SIXTEEN.as_pointer())
+            builder.call(store, [packed, pointer, ir.Constant(_I32, 1), inside])
+            target = builder.add(target, builder.shl(count, ir.Constant(_I64, 2)))
+
+    assert (source, target, word) == (types.uint64,) * 3
+    return types.void(source, target, word), codegen
+
+
+def _spread_block(_typing_context: Any, source: Any, target: Any, word: Any) -> Any:
+    """Write a block of 4-byte elements: the next ones where bits are set, 0 elsewhere."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> None:
+        source, target, word = arguments
+        expand = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(_SIXTEEN, [_I32.as_pointer(), _FLAGS, _SIXTEEN]),
+            "llvm.masked.expandload.v16i32",
+        )
+        for quarter, flags, count in _quarters(builder, word):
+            pointer = builder.inttoptr(source, _I32.as_pointer())
+            values = builder.call(expand, [pointer, flags, ir.Constant(_SIXTEEN, [0] * 16)])
+            place = builder.add(target, ir.Constant(_I64, 64 * quarter))
+            builder.store(values, builder.inttoptr(place, _SIXTEEN.as_pointer()), align=1)
+            source = builder.add(source, builder.shl(count, ir.Constant(_I64, 2)))
+
+    assert (source, target, word) == (types.uint64,) * 3
+    return types.void(source, target, word), codegen
+
+
 count_ones: Any = intrinsic(_count_ones)
 lowest_one: Any = intrinsic(_lowest_one)
 fetch_add: Any = intrinsic(_fetch_add)
@@ -155,3 +240,6 @@ prefetch_block: Any = intrinsic(_prefetch_block)
 stack_bytes: Any = intrinsic(prefer_literal=True)(_stack_bytes)
 bits_of_bools: Any = intrinsic(_bits_of_bools)
 bools_of_bits: Any = intrinsic(_bools_of_bits)
+bits_of_nonzero: Any = intrinsic(prefer_literal=True)(_bits_of_nonzero)
+pack_block: Any = intrinsic(_pack_block)
+spread_block: Any = intrinsic(_spread_block)

@@ -189,6 +189,7 @@ TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {
     ("norm_pool_relu", "cpu"): (_NORM_POOL_RELU_CPU, _NORM_POOL_RELU_REFERENCE),
     ("norm_pool_relu", ANY_DEVICE): (_NORM_POOL_RELU_REFERENCE,),
     ("bitmap_pack", ANY_DEVICE): _bitmap("pack"),
+    ("bitmap_nonzero", ANY_DEVICE): _bitmap("nonzero"),
     ("bitmap_unpack", ANY_DEVICE): _bitmap("unpack"),
     ("bitmap_count", ANY_DEVICE): _bitmap("count"),
     ("bitmap_compact", ANY_DEVICE): _bitmap("compact"),

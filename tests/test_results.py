@@ -11,10 +11,12 @@ from sparsekit.bench.pages import rows_of
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("tool", ["demo_table.py", "cpu_table.py", "values_table.py"])
+@pytest.mark.parametrize(
+    "tool", ["demo_table.py", "cpu_table.py", "values_table.py", "codec_table.py"]
+)
 def test_tables_are_those_of_the_results_files(tool: str) -> None:
     done = subprocess.run(
-        [sys.executable, f"tools/{tool}", "write", "--check"],
+        [sys.executable, f"tools/{tool}_table.py", "write", "--check"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -31,6 +31,18 @@ def pack(mask: Bools) -> Packed:
     return packed
 
 
+def nonzero(values: Values, wanted: int) -> Packed:
+    """Bits of a flat array of unsigned integers: set where one of the wanted bits is."""
+    check_values(values)
+    packed = np.empty(-(-values.size // 8), np.uint8)
+    items = np.ascontiguousarray(values)
+    _run(
+        passes.NONZERO[values.dtype.itemsize], values.size,
+        wanted=wanted, bits=packed, whole=items,
+    )  # fmt: skip
+    return packed
+
+
 def unpack(packed: Packed, n: int) -> Bools:
     """Flat mask of `n` entries; bits after the last are ignored."""
     check_bits(packed, n)
@@ -80,7 +92,9 @@ def _counts(bits: Packed, n: int) -> tuple[npt.NDArray[np.uint64], int]:
     return ends - counts, int(ends[-1]) if ends.size else 0
 
 
-def _run(kernel: Kernel, n: int, **arrays: npt.NDArray[Any]) -> None:
+def _run(kernel: Kernel, n: int, wanted: int = 0, **arrays: npt.NDArray[Any]) -> None:
     addresses = {name: array.__array_interface__["data"][0] for name, array in arrays.items()}
-    job = kernel.job(parts=-(-n // passes.PART), n=n, **addresses)
+    job = kernel.job(
+        parts=-(-n // passes.PART), n=n, wanted=wanted - (wanted >> 63 << 64), **addresses
+    )
     parallel.run(kernel.address, job, parallel.thread_count(n, _ENTRIES_PER_THREAD))

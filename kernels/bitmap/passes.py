@@ -4,7 +4,9 @@ import numpy as np
 
 from sparsekit.kernels.blocks import (
     LANES,
+    WIDE,
     bits_of_bools,
+    bits_of_nonzero,
     bools_of_bits,
     count_ones,
     load_u8,
@@ -12,6 +14,8 @@ from sparsekit.kernels.blocks import (
     load_u32,
     load_u64,
     lowest_one,
+    pack_block,
+    spread_block,
     store_u8,
     store_u16,
     store_u32,
@@ -33,6 +37,7 @@ JOB = np.dtype(
         ("bools", np.uint64),  # address of the mask as bools
         ("whole", np.uint64),  # address of n values
         ("kept", np.uint64),  # address of the values whose bit is set
+        ("wanted", np.uint64),  # bits of an element that make it count
         ("counts", np.uint64),  # per part, uint64: number of bits set, or of those before it
     ],
     align=True,
@@ -118,7 +123,34 @@ def count(job):  # pragma: no cover - compiled
         part = take(job)
 
 
+def _make_nonzero(item_bytes: int) -> Kernel:
+    load = _LOADS[item_bytes]
+    size = np.uint64(item_bytes)
+
+    @kernel(JOB)
+    def nonzero(job):  # pragma: no cover - compiled
+        parts, n, bits, whole, wanted = job.parts, job.n, job.bits, job.whole, job.wanted
+        part = take(job)
+        while part < parts:
+            first, last = _range(part, n)
+            for block in range(first, min(last, n // _BLOCK)):
+                word = bits_of_nonzero(whole + block * _BLOCK * size, wanted, item_bytes)
+                store_u64(bits + block * _EIGHT, word)
+            if last * _BLOCK > n:
+                begin = (last - _ONE) * _BLOCK
+                for byte in range(begin // _EIGHT, (n + _EIGHT - _ONE) // _EIGHT):
+                    value = _ZERO
+                    for i in range(byte * _EIGHT, min(byte * _EIGHT + _EIGHT, n)):
+                        chosen = load(whole + i * size) & wanted
+                        value |= np.uint64(chosen != _ZERO) << (i % _EIGHT)
+                    store_u8(bits + byte, value)
+            part = take(job)
+
+    return nonzero
+
+
 def _make_compact(item_bytes: int) -> Kernel:
+    wide = WIDE and item_bytes == 4
     load, store = _LOADS[item_bytes], _STORES[item_bytes]
     size = np.uint64(item_bytes)
 
@@ -137,6 +169,9 @@ def _make_compact(item_bytes: int) -> Kernel:
                     for i in range(_BLOCK):
                         store(target + i * size, load(source + i * size))
                     target += _BLOCK * size
+                elif wide and (block + _ONE) * _BLOCK <= n:
+                    pack_block(source, target, word)
+                    target += count_ones(word) * size
                 else:
                     for _ in range(count_ones(word)):
                         store(target, load(source + lowest_one(word) * size))
@@ -148,6 +183,7 @@ def _make_compact(item_bytes: int) -> Kernel:
 
 
 def _make_expand(item_bytes: int) -> Kernel:
+    wide = WIDE and item_bytes == 4
     load, store = _LOADS[item_bytes], _STORES[item_bytes]
     size = np.uint64(item_bytes)
 
@@ -166,6 +202,9 @@ def _make_expand(item_bytes: int) -> Kernel:
                     for i in range(_BLOCK):
                         store(target + i * size, load(source + i * size))
                     source += _BLOCK * size
+                elif wide and (block + _ONE) * _BLOCK <= n:
+                    spread_block(source, target, word)
+                    source += count_ones(word) * size
                 else:
                     if (block + _ONE) * _BLOCK <= n:
                         # Of known length, so that it becomes a few vector stores.
@@ -182,6 +221,9 @@ def _make_expand(item_bytes: int) -> Kernel:
 
     return expand
 
+
+NONZERO = {size: _make_nonzero(size) for size in (1, 2, 4, 8)}
+"""By bytes of an element: bits of the elements of which a wanted bit is set."""
 
 COMPACT = {size: _make_compact(size) for size in (1, 2, 4, 8)}
 """By bytes of an element: collect the values whose bit is set."""

@@ -47,6 +47,12 @@ def pack(mask: Bools) -> Packed:
     return np.packbits(mask, bitorder="little")
 
 
+def nonzero(values: Values, wanted: int) -> Packed:
+    """Bits of a flat array of unsigned integers: set where one of the wanted bits is."""
+    check_values(values)
+    return pack((values & values.dtype.type(wanted)) != 0)
+
+
 def unpack(packed: Packed, n: int) -> Bools:
     """Flat mask of `n` entries; bits after the last are ignored."""
     check_bits(packed, n)

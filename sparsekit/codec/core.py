@@ -10,7 +10,8 @@ import numpy as np
 import xxhash
 
 from sparsekit.codec import delta, related, sections
-from sparsekit.codec.elements import Elements, canonical, nonzero, unsigned
+from sparsekit.codec.elements import Elements, canonical, unsigned
+from sparsekit.codec.flags import Flags
 from sparsekit.codec.positions import CHUNK, Bools
 from sparsekit.codec.records import (
     MaskCode,
@@ -120,31 +121,32 @@ def _encode_one(
         raise ArgumentError(f"state: {quote(name)} has an extent above {MAX_EXTENT}")
     if base is not None and base.shape != shape:
         base = None
-    keep = nonzero(bits, dtype)
+    keep = Flags.of_nonzero(bits, dtype)
     if given is not None:
-        outside = int(np.count_nonzero(keep & ~given))
+        mask_flags = Flags(bits.size, bools=given)
+        outside = keep.outside(mask_flags)
         if outside:
             raise ArgumentError(
                 f"masks: {quote(name)} has {outside} non-zero values outside its mask; "
                 "multiply the tensor by the mask first, or pass the mask that it was pruned with"
             )
-        keep = given
-    k = int(np.count_nonzero(keep))
+        keep = mask_flags
+    k = keep.count
     relation = None
     if base is not None and 0 < k < bits.size:
         partly = level != "fast" or encoding in BASED
-        relation = related.relate(keep, k, base, partly=partly)
+        relation = related.relate(keep.bools, k, base, partly=partly)
     code = _choose(name, elements, k, given is not None, relation, encoding, level)
-    kept_bits = bits if code is MaskCode.DENSE else sections.compact(bits, keep, k)
-    if code is MaskCode.DENSE:
-        k, keep = bits.size, np.ones(bits.size, np.bool_)
+    if code is MaskCode.DENSE and k != bits.size:
+        k, keep = bits.size, Flags(bits.size, bools=np.ones(bits.size, np.bool_))
+    kept_bits = bits if code is MaskCode.DENSE else keep.compact(bits)
     if code in _RELATED:
         assert relation is not None
         mask_parameters, mask = related.pack(code, relation)
     else:
-        mask_parameters, mask = sections.pack_mask(code, keep, k, shape)
+        mask_parameters, mask = sections.pack_mask(code, keep, shape)
     if encoding == "auto" and level != "fast" and code in _COUNTED:
-        frame = sections.pack_frame(keep, k)
+        frame = sections.pack_frame(keep)
         if frame is not None and len(frame) < len(mask_parameters) + len(mask):
             code, mask_parameters, mask = MaskCode.BITMAP_ZSTD, b"", frame
     try:
@@ -163,12 +165,12 @@ def _encode_one(
     return record, mask, value_section
 
 
-def _held(base: Elements | None, keep: Bools, level: Level, values: Values) -> sections.Held | None:
+def _held(base: Elements | None, keep: Flags, level: Level, values: Values) -> sections.Held | None:
     """What the base holds where an element is kept, if that can be of use."""
     if base is None or base.dtype.name != "float32" or (level == "fast" and values not in STEPS):
         return None
-    held = sections.compact(base.bits, keep, int(np.count_nonzero(keep)))
-    return sections.Held(canonical(held, base.dtype), delta.block_counts(keep))
+    held = base.bits if keep.count == keep.n else keep.compact(base.bits)
+    return sections.Held(canonical(held, base.dtype), delta.block_counts(keep.bools))
 
 
 def _choose(

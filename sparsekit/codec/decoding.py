@@ -9,6 +9,7 @@ from sparsekit.codec import predicted, related, rice, sections
 from sparsekit.codec.based_codes import BLOCK
 from sparsekit.codec.core import digest_elements
 from sparsekit.codec.elements import Bits, Elements, unsigned
+from sparsekit.codec.flags import kernels_pay_off
 from sparsekit.codec.pattern import pattern_positions
 from sparsekit.codec.positions import CHUNK, Bools, Positions
 from sparsekit.codec.records import BOOL, MaskCode, Record, ValueCode
@@ -54,7 +55,7 @@ def decode_record(payload: memoryview, placed: Placed, base: Mapping[str, Elemen
             raw
             and record.mask_code == MaskCode.BITMAP
             and record.dtype is not BOOL
-            and sections.kernels_pay_off(record.n)
+            and kernels_pay_off(record.n)
         ):
             mask_section = payload[placed.mask_at : placed.mask_at + record.mask_len]
             bits = sections.expand_bitmap(

@@ -1,9 +1,8 @@
 """Mask and value sections in NumPy: what stands between two records' offsets."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -11,12 +10,10 @@ import numpy.typing as npt
 from sparsekit.codec import delta, frames, half, levels, rice, split
 from sparsekit.codec.codes import choose_rice
 from sparsekit.codec.elements import Bits, unsigned
+from sparsekit.codec.flags import Flags, bitmap_kernel
 from sparsekit.codec.positions import (
-    CHUNK,
-    Bools,
     check_tail,
     flat_positions,
-    positions_in,
 )
 from sparsekit.codec.records import (
     BOOL,
@@ -31,10 +28,6 @@ from sparsekit.codec.records import (
 from sparsekit.errors import FormatError
 
 Section: TypeAlias = memoryview
-
-# From this many elements on the compiled bitmap kernels are faster than NumPy, and worth loading.
-KERNEL_ELEMENTS = 2**17
-
 
 # Masks of fewer elements are not worth a frame, between the densities where both others are more
 # than 2 % above the entropy (in thousandths), and elsewhere.
@@ -57,47 +50,19 @@ class Held:
     block_counts: npt.NDArray[np.int64]
 
 
-def kernels_pay_off(n: int) -> bool:
-    """Whether masks of so many elements are for the compiled kernels.
-
-    They run on torch's threads, so that a process that decodes without torch stays with NumPy.
-    """
-    return n >= KERNEL_ELEMENTS and sys.modules.get("torch") is not None
-
-
-def _bitmap(function: str) -> Callable[..., Any]:
-    from sparsekit.kernels import dispatch
-
-    return dispatch.resolve(f"bitmap_{function}", "cpu").implementation.load()
-
-
-def compact(bits: Bits, keep: Bools, k: int) -> Bits:
-    """Collect the `k` kept elements in order."""
-    if kernels_pay_off(bits.size):
-        kept_bits: Bits = _bitmap("compact")(bits, _bitmap("pack")(keep))
-        return kept_bits
-    kept = np.empty(k, bits.dtype)
-    done = 0
-    for start in range(0, bits.size, CHUNK):
-        positions = positions_in(keep[start : start + CHUNK])
-        kept[done : done + positions.size] = bits[start : start + CHUNK].take(positions)
-        done += positions.size
-    return kept
-
-
-def pack_mask(code: MaskCode, keep: Bools, k: int, shape: tuple[int, ...]) -> tuple[bytes, Section]:
-    """Parameters and mask section of the flat mask `keep`, which keeps `k`."""
+def pack_mask(code: MaskCode, keep: Flags, shape: tuple[int, ...]) -> tuple[bytes, Section]:
+    """Parameters and mask section of a flat mask."""
     match code:
         case MaskCode.BITMAP:
-            return b"", np.packbits(keep, bitorder="little").data
+            return b"", keep.packed.data
         case MaskCode.RICE:
-            parameters, _ = choose_rice(keep.size, k)
-            return bytes([parameters.parameter]), rice.pack(keep, parameters)
+            parameters, _ = choose_rice(keep.n, keep.count)
+            return bytes([parameters.parameter]), rice.pack(keep.bools, parameters)
         case MaskCode.CSR:
             rows, columns = csr_grid(shape)
             width = csr_width(columns)
             assert width is not None
-            positions = flat_positions(keep)
+            positions = flat_positions(keep.bools)
             row_starts = np.arange(rows) * columns
             counts = np.diff(np.searchsorted(positions, row_starts), append=positions.size)
             places = positions - np.repeat(row_starts, counts)
@@ -109,17 +74,17 @@ def pack_mask(code: MaskCode, keep: Bools, k: int, shape: tuple[int, ...]) -> tu
             raise AssertionError(f"{code.name} is packed elsewhere")
 
 
-def pack_frame(keep: Bools, k: int) -> Section | None:
+def pack_frame(keep: Flags) -> Section | None:
     """Compressed bitmap of a flat mask, where it may be smaller than what the counts promise.
 
     That is where neither a bitmap nor gaps come close to the entropy, and where whole words are
     empty or full more often than by chance: where filters or channels were pruned.
     """
-    n = keep.size
-    c = min(k, n - k)
+    n = keep.n
+    c = min(keep.count, n - keep.count)
     if n < _LEAST_FRAMED:
         return None
-    packed = np.packbits(keep, bitorder="little")
+    packed = keep.packed
     between = n >= _LEAST_BETWEEN and _BETWEEN[0] * n <= 1000 * c <= _BETWEEN[1] * n
     if not between:
         words = packed[: packed.size // 8 * 8].view("<u8")
@@ -220,8 +185,8 @@ def expand_bitmap(section: Section, values: Section, dtype: DType, n: int, k: in
     check_tail(section, n)
     packed = np.frombuffer(section, np.uint8)
     kept = np.frombuffer(values, unsigned(dtype))
-    found = _bitmap("count")(packed, n)
+    found = bitmap_kernel("count")(packed, n)
     if found != k:
         raise FormatError(f"its mask keeps {found} elements, its record says {k}")
-    bits: Bits = _bitmap("expand")(kept, packed, n)
+    bits: Bits = bitmap_kernel("expand")(kept, packed, n)
     return bits

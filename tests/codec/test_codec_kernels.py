@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from sparsekit import codec
-from sparsekit.codec import records, sections
+from sparsekit.codec import flags, records, sections
 from sparsekit.errors import FormatError
 
-N = sections.KERNEL_ELEMENTS + 77
+N = flags.KERNEL_ELEMENTS + 77
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.bool]
 
 
@@ -24,7 +24,7 @@ def make(dtype: torch.dtype, density: float) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    return lambda: monkeypatch.setattr(sections, "KERNEL_ELEMENTS", 2**40)
+    return lambda: monkeypatch.setattr(flags, "KERNEL_ELEMENTS", 2**40)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -51,16 +51,17 @@ def test_the_same_bytes_and_values(
 
 def test_kernels_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
-    take = sections._bitmap
+    take = flags.bitmap_kernel
 
     def note(function: str) -> object:
         taken.append(function)
         return take(function)
 
-    monkeypatch.setattr(sections, "_bitmap", note)
+    monkeypatch.setattr(flags, "bitmap_kernel", note)
+    monkeypatch.setattr(sections, "bitmap_kernel", note)
     values, mask = make(torch.float32, 0.3)
     codec.decode(codec.encode({"w": values}, masks={"w": mask}, level="fast"))
-    assert taken == ["compact", "pack", "count", "expand"]
+    assert taken == ["nonzero", "count", "pack", "compact", "count", "expand"]
 
 
 @pytest.mark.parametrize("change", [-1, 1])

@@ -59,6 +59,19 @@ def test_compact_and_expand(n: int, density: float, dtype: str) -> None:
     assert same(expanded, reference.expand(kept, packed, n))
 
 
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("dtype", ["u1", "u2", "u4", "u8"])
+def test_nonzero_looks_at_the_wanted_bits(n: int, density: float, dtype: str) -> None:
+    sign = 1 << (8 * np.dtype(dtype).itemsize - 1)
+    values = np.where(make(n, density), numbers(n, dtype), np.zeros((), dtype))
+    values[::3] |= np.array(sign, dtype)
+    for wanted in (2 * sign - 1, sign - 1, sign, 1, 0):
+        packed = cpu.nonzero(values, wanted)
+        assert same(packed, reference.nonzero(values, wanted))
+        assert same(reference.unpack(packed, n), (values & np.array(wanted, dtype)) != 0)
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.lists(st.booleans(), max_size=300), st.sampled_from(DTYPES))
 def test_drawn_masks(flags: list[bool], dtype: str) -> None:
