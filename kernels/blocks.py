@@ -233,6 +233,24 @@ def _spread_block(_typing_context: Any, source: Any, target: Any, word: Any) -> 
     return types.void(source, target, word), codegen
 
 
+def _add_where(_tc: Any, address: Any, word: Any, value: Any, anew: Any) -> Any:
+    """Add a number to those of a block of 32-bit integers whose bits are set, or to zeros."""
+    block = ir.VectorType(_I32, LANES)
+
+    def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> None:
+        address, word, value, anew = arguments
+        flags = builder.bitcast(word, ir.VectorType(_I1, LANES))
+        chosen = splat(builder, builder.trunc(value, _I32), LANES)
+        zeros = constant(_I32, 0, LANES)
+        added = builder.select(flags, chosen, zeros)
+        old = builder.select(anew, zeros, vector_at(builder, address, _I32, LANES))
+        pointer = builder.inttoptr(address, block.as_pointer())
+        builder.store(builder.or_(old, added), pointer, align=1)
+
+    assert (address, word, value, anew) == (*(types.uint64,) * 3, types.boolean)
+    return types.void(address, word, value, anew), codegen
+
+
 count_ones: Any = intrinsic(_count_ones)
 lowest_one: Any = intrinsic(_lowest_one)
 fetch_add: Any = intrinsic(_fetch_add)
@@ -241,5 +259,6 @@ stack_bytes: Any = intrinsic(prefer_literal=True)(_stack_bytes)
 bits_of_bools: Any = intrinsic(_bits_of_bools)
 bools_of_bits: Any = intrinsic(_bools_of_bits)
 bits_of_nonzero: Any = intrinsic(prefer_literal=True)(_bits_of_nonzero)
+add_where: Any = intrinsic(_add_where)
 pack_block: Any = intrinsic(_pack_block)
 spread_block: Any = intrinsic(_spread_block)

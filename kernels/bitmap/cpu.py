@@ -1,5 +1,6 @@
 """Masks as bits on the CPU: the functions of `reference` by compiled passes."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,14 @@ from sparsekit.kernels.compiled import Kernel
 
 # Two threads pay off from this many entries each.
 _ENTRIES_PER_THREAD = 1 << 17
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Bits set before each part of a mask, and in all."""
+
+    before: npt.NDArray[np.uint64]
+    total: int
 
 
 def pack(mask: Bools) -> Packed:
@@ -70,14 +79,32 @@ def compact(values: Values, packed: Packed) -> Values:
     return kept
 
 
-def expand(values: Values, packed: Packed, n: int) -> Values:
-    """Put values at the bits that are set, in order; the other of the `n` entries are 0."""
+def counts(packed: Packed, n: int) -> Counts:
+    """Count the bits that are set, for `expand`."""
+    check_bits(packed, n)
+    return Counts(*_counts(np.ascontiguousarray(packed), n))
+
+
+def expand(
+    values: Values,
+    packed: Packed,
+    n: int,
+    *,
+    out: Values | None = None,
+    counts: Counts | None = None,
+) -> Values:
+    """Put values at the bits that are set, in order; the other of the `n` entries are 0.
+
+    `out` is a contiguous array to write into; `counts` are those of the same bits.
+    """
     check_values(values)
     check_bits(packed, n)
     bits = np.ascontiguousarray(packed)
-    before, total = _counts(bits, n)
+    before, total = _counts(bits, n) if counts is None else (counts.before, counts.total)
     check_count(values, total)
-    whole = np.empty(n, values.dtype)
+    whole = np.empty(n, values.dtype) if out is None else out
+    if whole.shape != (n,) or whole.dtype != values.dtype or not whole.flags.c_contiguous:
+        raise ArgumentError(f"out: expected {n} contiguous elements of {values.dtype}")
     kept = np.ascontiguousarray(values)
     expand_items = passes.EXPAND[values.dtype.itemsize]
     _run(expand_items, n, bits=bits, counts=before, whole=whole, kept=kept)

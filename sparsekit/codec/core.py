@@ -151,7 +151,8 @@ def _encode_one(
             code, mask_parameters, mask = MaskCode.BITMAP_ZSTD, b"", frame
     try:
         value_code, value_parameters, value_section = sections.pack_values(
-            canonical(kept_bits, dtype), dtype, level != "fast", _KINDS[values],
+            canonical(kept_bits, dtype) if given is not None or k == bits.size else kept_bits,
+            dtype, level != "fast", _KINDS[values],
             _held(base, keep, level, values),
         )  # fmt: skip
     except OverflowError:
@@ -196,9 +197,9 @@ def _choose(
     if k == 0:
         return MaskCode.ALL_ZERO
     totals = {}
-    codes = [MaskCode.BITMAP, MaskCode.CSR]
-    if level != "fast" or encoding == "rice":
-        codes.append(MaskCode.RICE)
+    codes = [MaskCode.BITMAP]
+    if level != "fast" or encoding != "auto":
+        codes += [MaskCode.CSR, MaskCode.RICE]
     for code in codes:
         size = mask_bytes(code, elements.shape, k)
         if size is not None:

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from sparsekit.codec import compiled, predicted, related, rice, sections
 from sparsekit.codec import positions as kept
-from sparsekit.codec import predicted, related, rice, sections
 from sparsekit.codec.based_codes import BLOCK
 from sparsekit.codec.core import digest_elements
 from sparsekit.codec.elements import Bits, Elements, unsigned
@@ -49,7 +49,12 @@ def decode_record(payload: memoryview, placed: Placed, base: Mapping[str, Elemen
     held = _held(record, base) if record.values_need_base else None
     raw = record.value_code == ValueCode.RAW
     try:
-        if raw and record.mask_code == MaskCode.DENSE:
+        if compiled.takes(record):
+            mask_section = payload[placed.mask_at : placed.mask_at + record.mask_len]
+            same = record.mask_code == MaskCode.SAME
+            tensor = _base_tensor(record, base) if same else None
+            bits: Bits = compiled.decode(mask_section, value_section, record, tensor)
+        elif raw and record.mask_code == MaskCode.DENSE:
             bits = sections.read_values(value_section, record.dtype, record.k)
         elif (
             raw

@@ -7,7 +7,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from sparsekit.codec import delta, frames, half, levels, rice, split
+from sparsekit.codec import compiled, delta, frames, half, levels, rice, split
 from sparsekit.codec.codes import choose_rice
 from sparsekit.codec.elements import Bits, unsigned
 from sparsekit.codec.flags import Flags, bitmap_kernel
@@ -57,7 +57,10 @@ def pack_mask(code: MaskCode, keep: Flags, shape: tuple[int, ...]) -> tuple[byte
             return b"", keep.packed.data
         case MaskCode.RICE:
             parameters, _ = choose_rice(keep.n, keep.count)
-            return bytes([parameters.parameter]), rice.pack(keep.bools, parameters)
+            section = compiled.pack_rice(keep, parameters)
+            if section is None:
+                section = rice.pack(keep.bools, parameters)
+            return bytes([parameters.parameter]), section
         case MaskCode.CSR:
             rows, columns = csr_grid(shape)
             width = csr_width(columns)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sparsekit.codec import frames
+from sparsekit.codec import compiled, frames
 from sparsekit.codec.codes import LAYOUTS, MOST_SPLIT, Layout, SplitCode
 from sparsekit.codec.records import DType
 from sparsekit.errors import FormatError
@@ -38,6 +38,9 @@ def _planes(bits: Bits, layout: Layout) -> _Planes:
     exponents = (bits >> layout.mantissa_bits & (1 << layout.exponent_bits) - 1).astype(np.uint8)
     smallest = int(exponents.min())
     joined = int(exponents.max()) - smallest <= _MOST_SPAN
+    planes = compiled.split(bits, joined, smallest if joined else 0)
+    if planes is not None:
+        return _Planes(joined, smallest if joined else 0, *planes)
     rest_bits = layout.mantissa_bits - 8 * layout.low_bytes
     sign = (bits >> layout.mantissa_bits + layout.exponent_bits).astype(np.uint8)
     rest = bits >> 8 * layout.low_bytes

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsekit import codec
-from sparsekit.codec import flags, records, sections
+from sparsekit.codec import flags, records, rice, sections, split
 from sparsekit.errors import FormatError
 
 N = flags.KERNEL_ELEMENTS + 77
@@ -62,6 +62,16 @@ def test_kernels_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     values, mask = make(torch.float32, 0.3)
     codec.decode(codec.encode({"w": values}, masks={"w": mask}, level="fast"))
     assert taken == ["nonzero", "count", "pack", "compact", "count", "expand"]
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("NumPy was asked")
+
+    monkeypatch.setattr(rice, "pack", refuse)
+    monkeypatch.setattr(rice, "positions", refuse)
+    monkeypatch.setattr(split, "reader", refuse)
+    sparse = {"w": torch.randn(N) * (torch.rand(N) < 0.1)}
+    payload = codec.encode(sparse)
+    assert torch.equal(codec.decode(payload)["w"], sparse["w"])
 
 
 @pytest.mark.parametrize("change", [-1, 1])

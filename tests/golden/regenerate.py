@@ -118,6 +118,7 @@ def payloads() -> dict[str, Entry]:
     kept_zero = torch.tensor([0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1], dtype=torch.bool)
     odd = scattered((3, 1, 3, 3), [0, 4, 5, 13, 26], torch.float32)
     fifth = masked((16, 90), every=5)[1]
+    vector = scattered((300,), [0, 299], torch.float32)
     base = scattered((4, 5), [1, 2, 3, 9, 13], torch.float32)
     numbers = spread(torch.float32, 800).view(20, 40)
     numbers = numbers * (torch.arange(800) * 31 % 101 % 5 != 0).view(20, 40)
@@ -175,7 +176,7 @@ def payloads() -> dict[str, Entry]:
             "level": "fast",
             "tensors": {
                 "odd": tensor_entry(odd, odd != 0),
-                "vector": tensor_entry(scattered((300,), [0, 299], torch.float32)),
+                "vector": tensor_entry(vector, vector != 0),
                 "wide": tensor_entry(scattered((2, 65_536), [65_535, 131_071], torch.int8)),
             },
         },
