@@ -5,10 +5,10 @@ from typing import TypeAlias
 
 import numpy as np
 
-from sparsekit.codec import frames
+from sparsekit.codec import flags, frames
 from sparsekit.codec.codes import RiceCode, SplitCode
 from sparsekit.codec.elements import Bits, Elements
-from sparsekit.codec.flags import Bytes, Flags, kernels_pay_off
+from sparsekit.codec.flags import Bytes, Flags
 from sparsekit.codec.positions import check_tail
 from sparsekit.codec.records import MaskCode, Record, ValueCode
 from sparsekit.errors import FormatError
@@ -20,7 +20,6 @@ _Values: TypeAlias = Callable[[int, int], Bits]
 _CHUNK = 2**17
 _MASKS = (MaskCode.BITMAP, MaskCode.RICE, MaskCode.SAME)
 _TOP_BITS = 3
-_LEAST_VALUES = 2**14
 _MOST_ELEMENTS = 2**32
 
 
@@ -33,14 +32,14 @@ def takes(record: Record) -> bool:
         and record.dtype.name == "float32"
         # A bitmap and raw values are expanded in one go: nothing has to be decoded before.
         and (record.mask_code, record.value_code) != (MaskCode.BITMAP, ValueCode.RAW)
-        and kernels_pay_off(record.n)
+        and flags.kernels_pay_off(record.n)
         and record.n < _MOST_ELEMENTS
     )
 
 
 def pack_rice(keep: Flags, code: RiceCode) -> memoryview | None:
     """Section of a mask; None where the kernels do not pay off."""
-    if not (kernels_pay_off(keep.n) and keep.n < _MOST_ELEMENTS):
+    if not (flags.kernels_pay_off(keep.n) and keep.n < _MOST_ELEMENTS):
         return None
     from sparsekit.kernels.rice import cpu
 
@@ -50,7 +49,7 @@ def pack_rice(keep: Flags, code: RiceCode) -> memoryview | None:
 
 def split(bits: Bits, joined: bool, smallest: int) -> tuple[Bytes, Bytes] | None:
     """The two upper planes of float32 values; None where the kernels do not pay off."""
-    if bits.dtype.itemsize != 4 or bits.size < _LEAST_VALUES or not kernels_pay_off(2**62):
+    if bits.dtype.itemsize != 4 or not flags.kernels_pay_off(bits.size):
         return None
     from sparsekit.kernels.split_planes import cpu
 

@@ -4,12 +4,11 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from sparsekit.codec import compiled, predicted, related, rice, sections
+from sparsekit.codec import compiled, flags, predicted, related, rice, sections
 from sparsekit.codec import positions as kept
 from sparsekit.codec.based_codes import BLOCK
 from sparsekit.codec.core import digest_elements
 from sparsekit.codec.elements import Bits, Elements, unsigned
-from sparsekit.codec.flags import kernels_pay_off
 from sparsekit.codec.pattern import pattern_positions
 from sparsekit.codec.positions import CHUNK, Bools, Positions
 from sparsekit.codec.records import BOOL, MaskCode, Record, ValueCode
@@ -60,7 +59,7 @@ def decode_record(payload: memoryview, placed: Placed, base: Mapping[str, Elemen
             raw
             and record.mask_code == MaskCode.BITMAP
             and record.dtype is not BOOL
-            and kernels_pay_off(record.n)
+            and flags.kernels_pay_off(record.n)
         ):
             mask_section = payload[placed.mask_at : placed.mask_at + record.mask_len]
             bits = sections.expand_bitmap(

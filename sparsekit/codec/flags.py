@@ -14,8 +14,11 @@ from sparsekit.codec.records import DType
 
 Bytes = npt.NDArray[np.uint8]
 
-# From this many elements on the compiled bitmap kernels are faster than NumPy, and worth loading.
+# From so many elements on the compiled bitmap kernels are worth loading, and once loaded they are
+# faster than NumPy.
 KERNEL_ELEMENTS = 2**17
+LOADED_ELEMENTS = 2**13
+_KERNELS = "sparsekit.kernels.bitmap.cpu"
 
 
 def kernels_pay_off(n: int) -> bool:
@@ -23,7 +26,8 @@ def kernels_pay_off(n: int) -> bool:
 
     They run on torch's threads, so that a process that decodes without torch stays with NumPy.
     """
-    return n >= KERNEL_ELEMENTS and sys.modules.get("torch") is not None
+    least = LOADED_ELEMENTS if _KERNELS in sys.modules else KERNEL_ELEMENTS
+    return n >= least and sys.modules.get("torch") is not None
 
 
 def bitmap_kernel(function: str) -> Callable[..., Any]:

@@ -12,6 +12,9 @@ from sparsekit.errors import FormatError
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 
 _LEVEL = 1
+# Planes of noise hold no sequences: a table this small is passed in half the time, and what it
+# finds by chance does not spoil the Huffman code.
+_FEW_HASHES = 6
 # Huffman coding needs no window, and a reader then needs little memory.
 _WINDOW_LOG = 17
 # Binary logarithms of 1 + i / 256, with 16 bits behind the point.
@@ -22,10 +25,14 @@ _TABLE_BITS = 400
 _REPEATED = 1
 
 
-def compress(plain: Bytes) -> bytes:
-    """One frame, or the bytes themselves where that is not shorter."""
+def compress(plain: Bytes, *, repeats: bool = False) -> bytes:
+    """One frame, or the bytes themselves where that is not shorter.
+
+    `repeats` says that sequences of bytes are worth looking for.
+    """
+    options = {} if repeats else {"hash_log": _FEW_HASHES}
     parameters = zstandard.ZstdCompressionParameters.from_level(
-        _LEVEL, source_size=plain.size, window_log=_WINDOW_LOG
+        _LEVEL, source_size=plain.size, window_log=_WINDOW_LOG, **options
     )
     frame = zstandard.ZstdCompressor(compression_params=parameters).compress(plain.data)
     return frame if len(frame) < plain.size else plain.tobytes()

@@ -97,7 +97,7 @@ def pack_frame(keep: Flags) -> Section | None:
             by_chance *= by_chance
         if alike <= 2 * by_chance * words.size + _CHANCE_WORDS:
             return None
-    frame = frames.compress(packed)
+    frame = frames.compress(packed, repeats=True)
     return memoryview(frame) if len(frame) < packed.size else None
 
 

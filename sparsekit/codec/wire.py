@@ -64,6 +64,9 @@ MAX_TENSOR_BYTES = 2**63 - 1
 ANCILLARY = 128
 CRITICAL_FLAGS = 0x00FF
 
+_MASK_CODES = frozenset(map(int, MaskCode))
+_VALUE_CODES = frozenset(map(int, ValueCode))
+
 PREFIX = struct.Struct("<8sBBHIIIQQ16sQ")
 RECORD = struct.Struct("<HHBBBBQQQQ")
 CHECKSUM_AT = PREFIX.size - 8
@@ -255,8 +258,8 @@ def _known_dtype(name: str, dtype: int, mask: int, value: int) -> DType | None:
     skip = False
     for kind, code, known in (
         ("dtype", dtype, dtype < len(DTYPES)),
-        ("mask encoding", mask, mask in set(MaskCode)),
-        ("value encoding", value, value in set(ValueCode)),
+        ("mask encoding", mask, mask in _MASK_CODES),
+        ("value encoding", value, value in _VALUE_CODES),
     ):
         if not known and code < ANCILLARY:
             raise VersionError(

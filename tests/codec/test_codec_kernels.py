@@ -24,7 +24,7 @@ def make(dtype: torch.dtype, density: float) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    return lambda: monkeypatch.setattr(flags, "KERNEL_ELEMENTS", 2**40)
+    return lambda: monkeypatch.setattr(flags, "kernels_pay_off", lambda _: False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
