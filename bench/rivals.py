@@ -6,6 +6,7 @@ to write, and gets them back from the state that `decode` is given.
 
 import importlib
 import io
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -229,7 +230,9 @@ def rivals() -> tuple[dict[str, Rival], dict[str, str]]:
     missing: dict[str, str] = {}
     for name, make in _MAKERS.items():
         try:
-            found[name] = make()
+            # Of what their imports use, some is deprecated.
+            with warnings.catch_warnings(action="ignore"):
+                found[name] = make()
         except ImportError as error:
             missing[name] = str(error)
     return found, missing

@@ -45,12 +45,16 @@ _lock = threading.RLock()
 
 
 def _after_fork() -> None:
-    # Another thread of the parent may have held it.
     global _lock
     _lock = threading.RLock()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+# A fork waits for another thread's compilation: a child would find Numba's own lock taken for
+# ever, and LLVM in the middle of its work.
+os.register_at_fork(
+    before=lambda: _lock.acquire(), after_in_parent=lambda: _lock.release(),
+    after_in_child=_after_fork,
+)  # fmt: skip
 
 
 class Kernel:

@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from sparsekit.errors import ArgumentError, BackendError
 from sparsekit.kernels.bitmap import reference as bitmap_reference
 from sparsekit.kernels.conv_norm_pool_relu import reference as conv_norm_pool_relu_reference
+from sparsekit.kernels.loading import at_first_use
 from sparsekit.kernels.masked_conv3d import reference as conv_reference
 from sparsekit.kernels.norm_pool_relu import reference as norm_pool_relu_reference
 from sparsekit.kernels.topk_mask import reference as topk_reference
@@ -65,6 +66,17 @@ class Record:
     calls: int
 
 
+_masked_conv3d_autograd = at_first_use("masked_conv3d.autograd")
+_conv_norm_pool_relu_autograd = at_first_use("conv_norm_pool_relu.autograd")
+_masked_conv3d_dense = at_first_use("masked_conv3d.dense")
+_conv_norm_pool_relu_dense = at_first_use("conv_norm_pool_relu.dense")
+_topk_mask_cpu = at_first_use("topk_mask.cpu")
+_norm_pool_relu_autograd = at_first_use("norm_pool_relu.autograd")
+_zero_pruned_cpu = at_first_use("zero_pruned.cpu")
+_bitmap_cpu = at_first_use("bitmap.cpu")
+selector = at_first_use("masked_conv3d.selector")
+"""The cost model, which knows the kernels."""
+
 _CONV_REFERENCE = Implementation(
     "reference", lambda: conv_reference.masked_conv3d, follows_mask=False
 )
@@ -72,24 +84,21 @@ _TOPK_REFERENCE = Implementation("reference", lambda: topk_reference.topk_mask, 
 
 
 def _load_conv_cpu() -> Callable[..., Any]:
-    from sparsekit.kernels.masked_conv3d import autograd
-
-    return autograd.masked_conv3d
+    loaded: Callable[..., Any] = _masked_conv3d_autograd().masked_conv3d
+    return loaded
 
 
 def _load_conv_norm_pool_relu_cpu() -> Callable[..., Any]:
-    from sparsekit.kernels.conv_norm_pool_relu import autograd
-
-    return autograd.conv_norm_pool_relu
+    loaded: Callable[..., Any] = _conv_norm_pool_relu_autograd().conv_norm_pool_relu
+    return loaded
 
 
 _CONV_CPU = Implementation("cpu", _load_conv_cpu, follows_mask=True)
 
 
 def _load_conv_choosing() -> Callable[..., Any]:
-    from sparsekit.kernels.masked_conv3d import autograd
-
-    return autograd.masked_conv3d_choosing
+    loaded: Callable[..., Any] = _masked_conv3d_autograd().masked_conv3d_choosing
+    return loaded
 
 
 CONV_CHOOSING = Implementation("cpu", _load_conv_choosing, follows_mask=True)
@@ -97,15 +106,13 @@ CONV_CHOOSING = Implementation("cpu", _load_conv_choosing, follows_mask=True)
 
 
 def _load_conv_dense() -> Callable[..., Any]:
-    from sparsekit.kernels.masked_conv3d import dense
-
-    return dense.masked_conv3d
+    loaded: Callable[..., Any] = _masked_conv3d_dense().masked_conv3d
+    return loaded
 
 
 def _load_conv_norm_pool_relu_dense() -> Callable[..., Any]:
-    from sparsekit.kernels.conv_norm_pool_relu import dense
-
-    return dense.conv_norm_pool_relu
+    loaded: Callable[..., Any] = _conv_norm_pool_relu_dense().conv_norm_pool_relu
+    return loaded
 
 
 # What ``auto`` takes on a CPU where torch's dense convolution is predicted to be faster.
@@ -123,9 +130,8 @@ _CONV_NORM_POOL_RELU_REFERENCE = Implementation(
 
 
 def _load_topk_cpu() -> Callable[..., Any]:
-    from sparsekit.kernels.topk_mask import cpu
-
-    return cpu.topk_mask
+    loaded: Callable[..., Any] = _topk_mask_cpu().topk_mask
+    return loaded
 
 
 _TOPK_CPU = Implementation("cpu", _load_topk_cpu, follows_mask=False)
@@ -136,18 +142,16 @@ _NORM_POOL_RELU_REFERENCE = Implementation(
 
 
 def _load_norm_pool_relu_cpu() -> Callable[..., Any]:
-    from sparsekit.kernels.norm_pool_relu import autograd
-
-    return autograd.norm_pool_relu
+    loaded: Callable[..., Any] = _norm_pool_relu_autograd().norm_pool_relu
+    return loaded
 
 
 _NORM_POOL_RELU_CPU = Implementation("cpu", _load_norm_pool_relu_cpu, follows_mask=False)
 
 
 def _load_zero_pruned_cpu() -> Callable[..., Any]:
-    from sparsekit.kernels.zero_pruned import cpu
-
-    return cpu.zero_pruned
+    loaded: Callable[..., Any] = _zero_pruned_cpu().zero_pruned
+    return loaded
 
 
 _ZERO_PRUNED_CPU = Implementation("cpu", _load_zero_pruned_cpu, follows_mask=False)
@@ -160,9 +164,7 @@ def _bitmap(function: str) -> tuple[Implementation, Implementation]:
     """Rows of one of the functions on masks as bits, which take NumPy arrays."""
 
     def load_cpu() -> Callable[..., Any]:
-        from sparsekit.kernels.bitmap import cpu
-
-        loaded: Callable[..., Any] = getattr(cpu, function)
+        loaded: Callable[..., Any] = getattr(_bitmap_cpu(), function)
         return loaded
 
     def load_reference() -> Callable[..., Any]:
@@ -271,15 +273,28 @@ def resolve(
     )
 
 
+def _records_operations() -> bool:
+    """Whether a mode is active under which plain tensors stand for others, as in `make_fx`."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    stack = _get_current_dispatch_mode_stack()
+    return any(isinstance(mode, FakeTensorMode | ProxyTorchDispatchMode) for mode in stack)
+
+
 def holds_values(x: Tensor) -> bool:
     """Whether code outside torch may read `x`.
 
     It may not while torch records or transforms operations instead of running them (tracing,
-    `torch.compile`, `torch.func`), nor may it read a subclass such as a fake tensor.
+    `torch.compile`, `torch.func`), nor may it read a subclass such as a fake tensor, or one whose
+    memory holds the numbers with the other sign.
     """
     return (
         type(x) in (Tensor, Parameter)
+        and not x.is_neg()
         and not torch.compiler.is_compiling()
+        and not (torch._C._len_torch_dispatch_stack() and _records_operations())
         # Of these two torch has no public form that is typed; its own Python code asks them too.
         and torch._C._get_tracing_state() is None
         and not torch._C._are_functorch_transforms_active()

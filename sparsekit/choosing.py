@@ -107,21 +107,20 @@ def _decide(
     op: "Op", call: Convolution, weight: Tensor, mask: Tensor, bias: Tensor | None
 ) -> "Decision":
     # The cost model knows the kernels, and those load Numba.
-    from sparsekit.kernels.masked_conv3d import selector
-
+    selector = dispatch.selector()
     gradients = selector.gradients_of(call.x, weight, bias)
-    return selector.decide_for(
+    decision: Decision = selector.decide_for(
         op, call.shape, call.x.shape[0], selector.density_of(mask), gradients
     )
+    return decision
 
 
 def _density(mask: Tensor, backend: str) -> float | None:
     """Density on which the choice depends."""
     if backend != "auto":
         return None
-    from sparsekit.kernels.masked_conv3d import selector
-
-    return selector.density_of(mask)
+    density: float = dispatch.selector().density_of(mask)
+    return density
 
 
 def _record(

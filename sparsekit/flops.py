@@ -260,8 +260,7 @@ def _decide(
     if 0 in use.input_shape or choosing.why_only_reference(weight, weight):
         return None
     # The cost model knows the kernels, and those load Numba.
-    from sparsekit.kernels.masked_conv3d import selector
-
+    selector = dispatch.selector()
     x = torch.empty(use.input_shape, dtype=weight.dtype, device="meta")
     x.requires_grad_(use.needs_input_grad)
     call = layer.convolution(x if x.ndim == 5 else x.unsqueeze(0))

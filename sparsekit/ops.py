@@ -292,6 +292,12 @@ def topk_mask(
             )
         if tensor.is_meta:
             raise ArgumentTypeError(f"tensors: {name} is a meta tensor and has no values")
+        if not dispatch.holds_values(tensor.resolve_neg()):
+            raise ArgumentTypeError(
+                f"tensors: {name} has no values that can be read now; call this outside of "
+                "torch.compile, torch.func, tracing and fake modes, with plain tensors"
+            )
+    values = [tensor.resolve_neg() for tensor in values]
     allowed: list[Tensor] | None = None
     alive = sum(t.numel() for t in values)
     if within is not None:

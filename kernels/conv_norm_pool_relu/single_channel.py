@@ -53,18 +53,19 @@ class Plan:
 
         groups = _groups(flat)
         self.groups = len(groups)
-        self.members = torch.tensor(groups, dtype=torch.int64)
+        self.members = torch.tensor(groups, dtype=torch.int64, device="cpu")
         one, two = self.members.unbind(1)
         both = flat[one] | (flat[two] & (two >= 0).unsqueeze(1))
         self.group_first = _starts(both.sum(1))
         self.group_taps = both.nonzero()[:, 1].contiguous()
         # Where each group has each of its taps, and each channel its group.
         entry = (both.flatten().cumsum(0) - 1).view(-1, 27)
-        group_of = torch.empty(self.channels, dtype=torch.int64)
-        place_of = torch.zeros(self.channels, dtype=torch.int64)
-        group_of[one] = torch.arange(self.groups)
+        group_of = torch.empty(self.channels, dtype=torch.int64, device="cpu")
+        place_of = torch.zeros(self.channels, dtype=torch.int64, device="cpu")
+        numbers = torch.arange(self.groups, device="cpu")
+        group_of[one] = numbers
         pairs = two >= 0
-        group_of[two[pairs]] = torch.arange(self.groups)[pairs]
+        group_of[two[pairs]] = numbers[pairs]
         place_of[two[pairs]] = 1
         self.slots = 2 * entry[group_of[channel], self.taps] + place_of[channel]
         # A group's columns: its 2 gradients, then 2 for each of its taps.
@@ -90,7 +91,7 @@ class Plan:
 
 
 def _starts(counts: Tensor) -> Tensor:
-    starts = torch.zeros(counts.numel() + 1, dtype=torch.int64)
+    starts = torch.zeros(counts.numel() + 1, dtype=torch.int64, device="cpu")
     torch.cumsum(counts, 0, out=starts[1:])
     return starts
 
@@ -99,7 +100,7 @@ def _groups(flat: Tensor) -> list[tuple[int, int]]:
     """Pair each channel with the one that shares most taps with it, if that pays."""
     shared = (flat.float() @ flat.float().T).fill_diagonal_(0.0)
     counts = flat.sum(1).tolist()
-    free = torch.ones(len(counts))
+    free = torch.ones(len(counts), device="cpu")
     groups = []
     # Those with many taps choose first.
     for channel in sorted(range(len(counts)), key=lambda c: -counts[c]):
@@ -193,7 +194,7 @@ def forward(
     gram = x.new_empty(n, 27, 27, dtype=torch.float64)
     boxes = x.new_empty(n, 27, dtype=torch.float64)
     moments = x.new_empty(n, channels, 2, dtype=torch.float64)
-    verdicts = torch.empty(n, dtype=torch.int64)
+    verdicts = torch.empty(n, dtype=torch.int64, device="cpu")
     weights = weight.detach().reshape(-1)[plan.positions]
     job = statistics.pad.job(
         n=n, depth=depth, height=height, width=width, pitch=pitch, lead=lead, slack=slack,

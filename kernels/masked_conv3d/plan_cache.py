@@ -68,6 +68,9 @@ class PlanCache:
 
     def is_of(self, mask: Tensor) -> bool:
         """Whether the plans are those of the tensor as it is now."""
+        # Its storage may have been exchanged for one of another size.
+        if mask.shape != self.mask.shape:
+            return False
         if not mask.is_contiguous():
             return torch.equal(self.mask, mask)
         own, other, count = self.mask.data_ptr(), mask.data_ptr(), mask.numel()

@@ -107,7 +107,7 @@ def forward(
     if by_groups:
         packed = _pack_weights(weight, plan, work.kernel.threads)
         # Of whole groups; the last may be of fewer channels than it has places.
-        start = torch.zeros(work.starts)
+        start = torch.zeros(work.starts, dtype=torch.float32, device="cpu")
         if bias is not None:
             start[: bias.numel()] = bias
         work.kernel.run(weights=packed.data_ptr(), bias=start.data_ptr(), **addresses)

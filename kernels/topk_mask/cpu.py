@@ -235,7 +235,7 @@ class _Selection:
 
 
 def _new_mask(shape: torch.Size) -> Tensor:
-    mask = torch.empty(shape, dtype=torch.bool)
+    mask = torch.empty(shape, dtype=torch.bool, device="cpu")
     if mask.numel() >= _LARGE_BYTES:
         begin = -(-mask.data_ptr() // _PAGE_BYTES) * _PAGE_BYTES
         size = (mask.data_ptr() + mask.numel() - begin) // _PAGE_BYTES * _PAGE_BYTES

@@ -12,6 +12,11 @@ from sparsekit.codec.flags import Bytes, Flags
 from sparsekit.codec.positions import check_tail
 from sparsekit.codec.records import MaskCode, Record, ValueCode
 from sparsekit.errors import FormatError
+from sparsekit.kernels.loading import at_first_use
+
+_bitmap = at_first_use("bitmap.cpu")
+_rice = at_first_use("rice.cpu")
+_planes = at_first_use("split_planes.cpu")
 
 _Packed: TypeAlias = Callable[[int, int], Bytes]
 _Values: TypeAlias = Callable[[int, int], Bits]
@@ -41,27 +46,24 @@ def pack_rice(keep: Flags, code: RiceCode) -> memoryview | None:
     """Section of a mask; None where the kernels do not pay off."""
     if not (flags.kernels_pay_off(keep.n) and keep.n < _MOST_ELEMENTS):
         return None
-    from sparsekit.kernels.rice import cpu
-
     coded = code.coded(keep.n, keep.count)
-    return cpu.pack(keep.packed, keep.n, coded, code.r, code.complement).data
+    section: Bytes = _rice().pack(keep.packed, keep.n, coded, code.r, code.complement)
+    return section.data
 
 
 def split(bits: Bits, joined: bool, smallest: int) -> tuple[Bytes, Bytes] | None:
     """The two upper planes of float32 values; None where the kernels do not pay off."""
     if bits.dtype.itemsize != 4 or not flags.kernels_pay_off(bits.size):
         return None
-    from sparsekit.kernels.split_planes import cpu
-
-    return cpu.split(bits, smallest, _TOP_BITS if joined else 0)[:2]
+    first, second, _ = _planes().split(bits, smallest, _TOP_BITS if joined else 0)
+    return first, second
 
 
 def decode(
     mask_section: memoryview, value_section: memoryview, record: Record, base: Elements | None
 ) -> Bits:
     """All elements of a record that `takes` accepts; `base` is the tensor of its name there."""
-    from sparsekit.kernels.bitmap import cpu
-
+    cpu = _bitmap()
     n, k = record.n, record.k
     packed_of = _flags(mask_section, record, base)
     values_of = _values(value_section, record)
@@ -98,18 +100,17 @@ def _flags(section: memoryview, record: Record, base: Elements | None) -> _Packe
         assert base is not None
         dtype, held = base.dtype, base.bits
         return lambda start, stop: Flags.of_nonzero(held[start:stop], dtype).packed
-    from sparsekit.kernels.rice import cpu
-
     code = record.rice
     source = np.frombuffer(section, np.uint8)
     coded = code.coded(n, record.k)
-    unpack = cpu.unpacker(source, n, coded, code.r, code.complement)
+    unpack = _rice().unpacker(source, n, coded, code.r, code.complement)
 
     def read(start: int, stop: int) -> Bytes:
         try:
-            return unpack(start, stop)
+            packed: Bytes = unpack(start, stop)
         except ValueError as error:
             raise FormatError(str(error)) from None
+        return packed
 
     return read
 
@@ -125,8 +126,7 @@ def _values(section: memoryview, record: Record) -> _Values:
 
 def join(section: memoryview, code: SplitCode, k: int) -> _Values:
     """Return a function that gives split float32 values from one index to another, in order."""
-    from sparsekit.kernels.split_planes import cpu
-
+    join_planes = _planes().join
     low_at = len(section) - 2 * k
     first = frames.plane_reader(section[: code.first_len], k)
     second = frames.plane_reader(section[code.first_len : low_at], k)
@@ -136,8 +136,9 @@ def join(section: memoryview, code: SplitCode, k: int) -> _Values:
     def read(start: int, stop: int) -> Bits:
         a, b = first(stop - start, stop == k), second(stop - start, stop == k)
         try:
-            return cpu.join(a, b, low[start:stop], code.smallest, top_bits)
+            values: Bits = join_planes(a, b, low[start:stop], code.smallest, top_bits)
         except ValueError as error:
             raise FormatError(str(error)) from None
+        return values
 
     return read
