@@ -63,6 +63,8 @@ def kind_of(
         return None
     if torch.is_autocast_enabled("cpu") or not dispatch.holds_values(x):
         return None
+    if weight.is_neg() or (bias is not None and bias.is_neg()):
+        return None
     return (
         settings, x.shape, weight.shape, mask.shape, x.dtype, weight.dtype, mask.dtype,
         None if bias is None else (bias.shape, bias.dtype, bias.requires_grad),

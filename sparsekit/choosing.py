@@ -37,7 +37,7 @@ def convolution(
 ) -> Callable[..., Any]:
     """Choose for `masked_conv3d`; `kind` is what `known` will be asked for."""
     x = call.x
-    why = why_only_reference(x, weight) if x.device.type == "cpu" else ""
+    why = why_only_reference(x, weight, bias) if x.device.type == "cpu" else ""
     compiling = torch.compiler.is_compiling()
     decision = None
     if backend == "auto" and x.device.type == "cpu" and not (why or compiling):
@@ -66,7 +66,7 @@ def block(
 ) -> Callable[..., Any]:
     """Choose for `conv_norm_pool_relu`; `kind` is what `known` will be asked for."""
     x = call.x
-    why = why_only_reference(x, weight)
+    why = why_only_reference(x, weight, bias)
     if not why and torch.compiler.is_compiling():
         why = "torch.compile sees the single ops"
     decision = None
@@ -89,7 +89,7 @@ def call(run: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         raise
 
 
-def why_only_reference(x: Tensor, weight: Tensor) -> str:
+def why_only_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str:
     """Say why the CPU kernels of the convolution cannot take these tensors; empty if they can."""
     if torch.is_autocast_enabled("cpu"):
         return "torch.autocast is on, and the CPU kernels compute in float32 only"
@@ -97,7 +97,7 @@ def why_only_reference(x: Tensor, weight: Tensor) -> str:
         return f"the CPU kernels are for float32, and x is {str(x.dtype).removeprefix('torch.')}"
     if x.numel() == 0:
         return "x is empty"
-    plain = dispatch.holds_values(x) and dispatch.holds_values(weight)
+    plain = all(dispatch.holds_values(t) for t in (x, weight, bias) if t is not None)
     if not (torch.compiler.is_compiling() or plain):
         return "the CPU kernels cannot see into traced tensors, torch.func or tensor subclasses"
     return ""

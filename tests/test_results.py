@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 )
 def test_tables_are_those_of_the_results_files(tool: str) -> None:
     done = subprocess.run(
-        [sys.executable, f"tools/{tool}_table.py", "write", "--check"],
+        [sys.executable, f"tools/{tool}", "write", "--check"],
         cwd=ROOT,
         capture_output=True,
         text=True,
