@@ -146,7 +146,7 @@ def from_binsparse(array: Any, shape: tuple[int, ...] | None = None) -> tuple[Te
         As `to_binsparse` and `from_scipy`.
     """
     binsparse = _binsparse()
-    level = getattr(array, "level", None)
+    level: Any = getattr(array, "level", None)
     if isinstance(array, binsparse.CVECVector):
         places = (np.asarray(array.indices_0),)
         values = array.values
