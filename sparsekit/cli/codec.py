@@ -2,9 +2,9 @@
 
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, Annotated
 
 import numpy as np
 import torch
@@ -15,9 +15,10 @@ from rich.text import Text
 from torch import Tensor
 
 from sparsekit import codec
+from sparsekit.cli.states import Shown, open_state, progress, safetensors
 from sparsekit.codec import PayloadInfo, RecordInfo
 from sparsekit.codec.interop import from_torch_prune
-from sparsekit.errors import ArgumentError, MissingExtraError, UsageError
+from sparsekit.errors import ArgumentError, UsageError
 
 app = typer.Typer(no_args_is_help=True, help="Inspect, write and read payloads of sparse states.")
 
@@ -62,20 +63,28 @@ def encode_command(
     Of a state that torch.nn.utils.prune has made (NAME_orig, NAME_mask) they are its masks.
     """
     _refuse_existing(target, force)
-    state, masks = from_torch_prune(load_state(source))
-    payload = codec.encode(
-        state,
-        masks=masks or None,
-        base=None if base is None else load_state(base),
-        mask_encoding=mask_encoding,  # type: ignore[arg-type]  # encode checks all three
-        level=level,  # type: ignore[arg-type]
-        values=values,  # type: ignore[arg-type]
-        round=round_,
-    )
-    _write_whole(target, lambda file: file.write(payload), force)
-    info = codec.inspect(payload)
+    held = None if base is None else dict(open_state(base))
+    state: Mapping[str, Tensor] = open_state(source)
+    masks: dict[str, Tensor] = {}
+    if any(name.endswith("_orig") for name in state):
+        state, masks = from_torch_prune(state)
+    shown = Shown(state, source.stat().st_size)
+
+    def write(file: IO[bytes]) -> int:
+        return codec.encode_to(
+            file,
+            shown,
+            masks=masks or None,
+            base=held,
+            mask_encoding=mask_encoding,  # type: ignore[arg-type]  # it checks all three
+            level=level,  # type: ignore[arg-type]
+            values=values,  # type: ignore[arg-type]
+            round=round_,
+        )
+
+    _write_whole(target, write, force)
     Console(stderr=True, highlight=False, soft_wrap=True).print(
-        f"{target}: {info.payload_bytes:,} bytes for {info.dense_bytes:,} bytes of tensors",
+        f"{target}: {target.stat().st_size:,} bytes for {shown.seen_bytes:,} bytes of tensors",
         markup=False,
     )
 
@@ -98,102 +107,15 @@ def decode_command(
             f"OUT: expected a name that ends in .npz or .safetensors, got {target.name!r}"
         )
     _refuse_existing(target, force)
-    state = codec.decode(
-        source.read_bytes(),
-        base=None if base is None else load_state(base),
-        max_bytes=max_bytes,
-    )
-    if target.suffix == ".npz":
-        _write_whole(target, lambda file: _write_npz(file, state), force)
-    else:
-        data = _safetensors().save(state)
-        _write_whole(target, lambda file: file.write(data), force)
-
-
-def load_state(path: Path) -> dict[str, Tensor]:
-    """Read a state file: .npz, .safetensors, or .pt and .pth as ``torch.save(state_dict)`` writes.
-
-    Raises
-    ------
-    UsageError
-        For another suffix.
-    ArgumentError
-        If the file cannot be read, or holds something else than tensors by name.
-    """
-    if path.suffix == ".npz":
-        loaded: object = _load_npz(path)
-    elif path.suffix in (".pt", ".pth"):
-        loaded = _load_torch(path)
-    elif path.suffix == ".safetensors":
-        loaded = _load_safetensors(path)
-    else:
-        raise UsageError(f"{path}: expected a name that ends in .pt, .pth, .npz or .safetensors")
-    if not isinstance(loaded, dict):
-        raise ArgumentError(
-            f"{path}: expected tensors by name, got {type(loaded).__name__}; "
-            "save it with torch.save(model.state_dict(), ...)"
-        )
-    for name, value in loaded.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise ArgumentError(
-                f"{path}: expected a tensor under {name!r}, got {type(value).__name__}; "
-                "save it with torch.save(model.state_dict(), ...)"
-            )
-    return loaded
-
-
-def _load_npz(path: Path) -> dict[str, Tensor]:
-    state = {}
-    try:
-        with path.open("rb") as file:
-            arrays = np.load(file, allow_pickle=False)
-            if isinstance(arrays, np.ndarray):
-                raise ValueError("it holds a single array")
-            for name in arrays.files:
-                array = arrays[name]
-                native = array.astype(array.dtype.newbyteorder("="), copy=False)
-                state[name] = torch.from_numpy(native)
-    except OSError:
-        raise
-    except Exception as error:
-        # Damaged archives raise whatever zipfile, zlib or the array reader met first.
-        raise ArgumentError(f"{path}: it is no .npz file of numeric arrays ({error})") from error
-    return state
-
-
-def _load_torch(path: Path) -> object:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:
-        # torch.load lets whatever its unpickler met on damaged bytes pass through.
-        raise ArgumentError(
-            f"{path}: torch.load cannot read it as a state ({type(error).__name__}); "
-            "save it with torch.save(model.state_dict(), ...)"
-        ) from error
-
-
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
-    data = path.read_bytes()
-    try:
-        state: dict[str, Tensor] = _safetensors().load(data)
-    except MissingExtraError:
-        raise
-    except Exception as error:
-        # Its reader raises an error of its own for damage, and others for unknown dtypes.
-        raise ArgumentError(f"{path}: it is no .safetensors file ({error})") from error
-    return state
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise MissingExtraError(
-            "safetensors: not installed; `pip install sparsekit3d[interop]` brings it"
-        ) from None
-    return safetensors.torch
+    held = None if base is None else dict(open_state(base))
+    with source.open("rb") as payload:
+        tensors = codec.decode_from(payload, base=held, max_bytes=max_bytes)
+        shown = progress(tensors, source.stat().st_size)
+        if target.suffix == ".npz":
+            _write_whole(target, lambda file: _write_npz(file, shown), force)
+        else:
+            data = safetensors().save(dict(shown))
+            _write_whole(target, lambda file: file.write(data), force)
 
 
 def _refuse_existing(target: Path, force: bool) -> None:
@@ -215,10 +137,10 @@ def _write_whole(target: Path, write: Callable[[IO[bytes]], object], force: bool
         temporary.unlink(missing_ok=True)
 
 
-def _write_npz(file: IO[bytes], state: dict[str, Tensor]) -> None:
+def _write_npz(file: IO[bytes], tensors: Iterable[tuple[str, Tensor]]) -> None:
     # Not np.savez: it takes the names as keyword arguments and so forbids one called "file".
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        for name, tensor in state.items():
+        for name, tensor in tensors:
             exact = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, exact.numpy(), allow_pickle=False)

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 # Without torch `sparsekit.codec.arrays` still reads payloads.
 if find_spec("torch") is not None:
     from sparsekit.codec.info import PayloadInfo, RecordInfo, inspect
+    from sparsekit.codec.streams import decode_from, encode_to
     from sparsekit.codec.tensors import base_digest, decode, decode_masks, encode
 
 __all__ = [
@@ -12,7 +13,9 @@ __all__ = [
     "RecordInfo",
     "base_digest",
     "decode",
+    "decode_from",
     "decode_masks",
     "encode",
+    "encode_to",
     "inspect",
 ]

@@ -64,47 +64,69 @@ _RELATED = (MaskCode.SAME, MaskCode.SUBSET, MaskCode.PREDICTED)
 _COUNTED = (MaskCode.BITMAP, MaskCode.RICE, MaskCode.CSR)
 
 
-def encode_elements(
-    state: Mapping[str, Elements],
-    masks: Mapping[str, Bools] | None,
-    base: Mapping[str, Elements] | None,
-    mask_encoding: MaskEncoding,
-    level: Level,
-    values: Values,
-    round: int,
-) -> bytes:
-    """Build a payload; names and arguments were checked by the caller.
+class Encoder:
+    """Builds a payload tensor by tensor; names and arguments were checked by the caller.
 
-    Raises
-    ------
-    ArgumentError
-        For a non-zero element outside its mask, a mask encoding that cannot hold a mask, and a
-        state too large for the format.
+    Parameters
+    ----------
+    base : mapping of str to Elements, or None
+    masked : bool
+        Whether the caller gives masks; then tensors without one are not forced into an encoding.
+    mask_encoding, level, values : str
     """
-    if len(state) > MAX_RECORDS:
-        raise ArgumentError(f"state: expected at most {MAX_RECORDS} tensors, got {len(state)}")
-    records = []
-    chunks: list[bytes | memoryview] = []
-    for name, elements in state.items():
-        given = None if masks is None else masks.get(name)
-        forced = given is not None if masks is not None else len(elements.shape) >= 2
-        encoding = mask_encoding if forced else "auto"
-        record, mask, value_section = _encode_one(
-            name, elements, given, None if base is None else base.get(name), encoding, level,
-            values,
+
+    def __init__(
+        self,
+        base: Mapping[str, Elements] | None,
+        *,
+        masked: bool,
+        mask_encoding: MaskEncoding,
+        level: Level,
+        values: Values,
+    ) -> None:
+        self._base, self._masked = base, masked
+        self._mask_encoding, self._level, self._values = mask_encoding, level, values
+        self._records: list[Record] = []
+
+    def add(self, name: str, elements: Elements, given: Bools | None) -> list[bytes | memoryview]:
+        """Encode the next tensor under its mask, if it has one; return its padded sections.
+
+        Raises
+        ------
+        ArgumentError
+            For a non-zero element outside its mask, a mask encoding that cannot hold a mask, and a
+            tensor too large for the format.
+        """
+        forced = given is not None if self._masked else len(elements.shape) >= 2
+        record, *sections = _encode_one(
+            name, elements, given, None if self._base is None else self._base.get(name),
+            self._mask_encoding if forced else "auto", self._level, self._values,
         )  # fmt: skip
-        records.append(record)
-        for section in (mask, value_section):
+        self._records.append(record)
+        if len(self._records) > MAX_RECORDS:
+            raise ArgumentError(f"state: expected at most {MAX_RECORDS} tensors")
+        chunks: list[bytes | memoryview] = []
+        for section in sections:
             chunks += [section, bytes(padded(len(section)) - len(section))]
-    uses_base = any(record.mask_needs_base or record.values_need_base for record in records)
-    digest = digest_elements(base) if base is not None and uses_base else NO_BASE
-    header = pack_header(records, round=round, base_digest=digest)
-    if len(header) > MAX_HEADER_BYTES:
-        raise ArgumentError(
-            f"state: its names and shapes need a header of {len(header)} bytes, "
-            f"at most {MAX_HEADER_BYTES} are allowed"
-        )
-    return b"".join([header, *chunks])
+        return chunks
+
+    def header(self, round: int) -> bytes:
+        """Header of all tensors added, which comes before their sections.
+
+        Raises
+        ------
+        ArgumentError
+            If it is too long for the format.
+        """
+        uses = any(record.mask_needs_base or record.values_need_base for record in self._records)
+        digest = digest_elements(self._base) if self._base is not None and uses else NO_BASE
+        header = pack_header(self._records, round=round, base_digest=digest)
+        if len(header) > MAX_HEADER_BYTES:
+            raise ArgumentError(
+                f"state: its names and shapes need a header of {len(header)} bytes, "
+                f"at most {MAX_HEADER_BYTES} are allowed"
+            )
+        return header
 
 
 def _encode_one(

@@ -1,6 +1,7 @@
 """The codec for torch: argument checks, and tensors in and out of `sparsekit.codec.core`."""
 
-from collections.abc import Mapping
+import mmap
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias, get_args
 
 import numpy as np
@@ -100,6 +101,28 @@ def encode(
     tensor([[0.0000, 1.5000],
             [0.0000, 0.0000]])
     """
+    chunks: list[bytes | memoryview] = [b""]
+    encoding = encode_chunks(
+        state, masks=masks, base=base, level=level, values=values, mask_encoding=mask_encoding,
+        round=round,
+    )  # fmt: skip
+    for _, sections in encoding:
+        chunks += sections
+    # The header comes last, and stands first.
+    return b"".join([chunks.pop(), *chunks])
+
+
+def encode_chunks(
+    state: State,
+    *,
+    masks: Masks | None,
+    base: State | None,
+    level: Level,
+    values: Values,
+    mask_encoding: MaskEncoding,
+    round: int,
+) -> Iterator[tuple[str, list[bytes | memoryview]]]:
+    """Give the sections of one tensor after the other, and at the end the header under ``""``."""
     _check_choice("level", level, get_args(Level))
     _check_choice("values", values, get_args(Values))
     _check_choice("mask_encoding", mask_encoding, get_args(MaskEncoding))
@@ -109,16 +132,23 @@ def encode(
         raise ArgumentTypeError(f"round: expected an int, got {type(round).__name__}")
     if not 0 <= round < 2**64:
         raise ArgumentError(f"round: expected 0 to 2**64 - 1, got {round}")
-    elements = _elements_of_state(state, "state")
-    return core.encode_elements(
-        elements,
-        None if masks is None else _flat_masks(masks, elements),
-        None if base is None else _elements_of_state(base, "base"),
-        mask_encoding,
-        level,
-        values,
-        round,
-    )
+    _check_mapping(state, "state")
+    if masks is not None:
+        _check_mapping(masks, "masks")
+        for name in masks:
+            if name not in state:
+                raise ArgumentError(f"masks: {quote(str(name))} is not in the state")
+    encoder = core.Encoder(
+        None if base is None else _elements_of_state(base, "base"), masked=masks is not None,
+        mask_encoding=mask_encoding, level=level, values=values,
+    )  # fmt: skip
+    for name in state:
+        elements = _elements_of(state[name], name, "state")
+        given = None
+        if masks is not None and name in masks:
+            given = _flat_mask(masks[name], name, elements)
+        yield name, encoder.add(name, elements, given)
+    yield "", [encoder.header(round)]
 
 
 def decode(
@@ -157,6 +187,17 @@ def decode(
     ArgumentTypeError, ArgumentError
         For an argument of a wrong type or value.
     """
+    return dict(decode_each(payload, base=base, template=template, max_bytes=max_bytes))
+
+
+def decode_each(
+    payload: Buffer | mmap.mmap,
+    *,
+    base: State | None,
+    template: State | None,
+    max_bytes: int | None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Check what can be checked at once, and return an iterator that decodes tensor by tensor."""
     view = as_bytes_view(payload)
     limit = _byte_limit(template, max_bytes)
     header = parse(view)
@@ -170,7 +211,7 @@ def decode(
             "pass a larger max_bytes if the sender is to be trusted with them"
         )
     held = _held_base(header, base)
-    return {p.record.name: _to_tensor(decoding.decode_record(view, p, held)) for p in records}
+    return ((p.record.name, _to_tensor(decoding.decode_record(view, p, held))) for p in records)
 
 
 def decode_masks(payload: Buffer, *, base: State | None = None) -> dict[str, Tensor]:
@@ -229,9 +270,9 @@ def base_digest(state: State) -> bytes:
     return core.digest_elements(_elements_of_state(state, "state"))
 
 
-def as_bytes_view(payload: Buffer) -> memoryview:
+def as_bytes_view(payload: Buffer | mmap.mmap) -> memoryview:
     """View a payload as one run of bytes."""
-    if not isinstance(payload, bytes | bytearray | memoryview):
+    if not isinstance(payload, bytes | bytearray | memoryview | mmap.mmap):
         raise ArgumentTypeError(
             f"payload: expected bytes, bytearray or memoryview, got {type(payload).__name__}"
         )
@@ -341,23 +382,16 @@ def _check_name(name: Any, argument: str) -> None:
         )
 
 
-def _flat_masks(masks: Masks, state: Mapping[str, Elements]) -> dict[str, Bools]:
-    _check_mapping(masks, "masks")
-    flat = {}
-    for name, mask in masks.items():
-        if name not in state:
-            raise ArgumentError(f"masks: {quote(str(name))} is not in the state")
-        if _dtype_of(mask, name, "masks") is not BOOL:
-            raise ArgumentTypeError(
-                f"masks: expected a bool tensor for {quote(name)}, got {mask.dtype}"
-            )
-        if tuple(mask.shape) != state[name].shape:
-            raise ArgumentError(
-                f"masks: expected shape {state[name].shape} for {quote(name)}, "
-                f"got {tuple(mask.shape)}"
-            )
-        flat[name] = _elements_of(mask, name, "masks").bits.view(np.bool_)
-    return flat
+def _flat_mask(mask: Tensor, name: str, elements: Elements) -> Bools:
+    if _dtype_of(mask, name, "masks") is not BOOL:
+        raise ArgumentTypeError(
+            f"masks: expected a bool tensor for {quote(name)}, got {mask.dtype}"
+        )
+    if tuple(mask.shape) != elements.shape:
+        raise ArgumentError(
+            f"masks: expected shape {elements.shape} for {quote(name)}, got {tuple(mask.shape)}"
+        )
+    return _elements_of(mask, name, "masks").bits.view(np.bool_)
 
 
 def _to_tensor(elements: Elements) -> Tensor:

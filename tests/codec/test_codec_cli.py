@@ -246,3 +246,17 @@ def test_what_has_changed_is_encoded_against_a_base() -> None:
     assert run("decode", "out.spu", "out.npz", "--base", "before.pt") == 0
     with np.load("out.npz") as arrays:
         assert np.abs(arrays["w"] - 1.0 - 2**-8).max() < 1e-6
+
+
+@pytest.mark.usefixtures("folder")
+def test_what_is_large_shows_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sparsekit.cli.states._LARGE_BYTES", 1)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    for arguments in (("encode", "state.pt", "a.spu"), ("decode", "a.spu", "a.npz")):
+        assert run(*arguments) == 0
+        assert "tensors" in capsys.readouterr().err
+    monkeypatch.delenv("FORCE_COLOR")
+    assert run("decode", "a.spu", "b.npz") == 0
+    assert capsys.readouterr().err == ""
