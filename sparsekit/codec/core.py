@@ -85,7 +85,9 @@ class Encoder:
         values: Values,
     ) -> None:
         self._base, self._masked = base, masked
-        self._mask_encoding, self._level, self._values = mask_encoding, level, values
+        self._mask_encoding: MaskEncoding = mask_encoding
+        self._level: Level = level
+        self._values: Values = values
         self._records: list[Record] = []
 
     def add(self, name: str, elements: Elements, given: Bools | None) -> list[bytes | memoryview]:
@@ -98,9 +100,10 @@ class Encoder:
             tensor too large for the format.
         """
         forced = given is not None if self._masked else len(elements.shape) >= 2
+        encoding: MaskEncoding = self._mask_encoding if forced else "auto"
         record, *sections = _encode_one(
             name, elements, given, None if self._base is None else self._base.get(name),
-            self._mask_encoding if forced else "auto", self._level, self._values,
+            encoding, self._level, self._values,
         )  # fmt: skip
         self._records.append(record)
         if len(self._records) > MAX_RECORDS:

@@ -125,7 +125,6 @@ def test_memory_is_that_of_one_tensor(tmp_path: Path) -> None:
             for name, tensor in codec.decode_from(payload):
                 assert torch.equal(tensor, state[name])
                 names.append(name)
-            del tensor
             # One being decoded while the one before is still held.
             assert tracemalloc.get_traced_memory()[1] < 2 * 4 * n + 2**20
         finally:
