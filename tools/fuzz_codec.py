@@ -13,6 +13,7 @@ import argparse
 import collections
 import copy
 import hashlib
+import importlib
 import json
 import multiprocessing
 import random
@@ -30,6 +31,7 @@ import xxhash
 
 from sparsekit import codec
 from sparsekit.bench.machine import describe
+from sparsekit.codec import flags
 from sparsekit.errors import CodecError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,6 +45,7 @@ _PREFIX = struct.Struct("<8sBBHIIIQQ16s")
 _RECORD = struct.Struct("<HHBBBBQQQQ")
 Bases: TypeAlias = dict[bytes, dict[str, torch.Tensor]]
 """By digest."""
+LARGE = 3 * flags.LOADED_ELEMENTS + 77
 INTERESTING = (0, 1, 2, 7, 8, 9, 31, 32, 63, 64, 127, 128, 255, 256, 257, 4096, 2**15, 2**16 - 1,
                2**16, 2**31, 2**32 - 1, 2**32, 2**63, 2**64 - 1)  # fmt: skip
 
@@ -236,12 +239,23 @@ def corpus() -> tuple[list[bytes], Bases]:
         codec.decode((ROOT / f"tests/golden/{name}.spu").read_bytes())
         for name in ("base", "shared")
     ]
-    return [path.read_bytes() for path in paths], {codec.base_digest(s): s for s in states}
+    # For the compiled kernels, which small tensors do not meet.
+    random = torch.Generator().manual_seed(1)
+    large = torch.randn(LARGE, generator=random)
+    drawn = torch.rand(LARGE, generator=random)
+    states.append({"large": large * (drawn < 0.2)})
+    made = [codec.encode({"large": large * (drawn < kept)}) for kept in (0.02, 0.2, 0.5, 0.9)]
+    moved = {"large": states[-1]["large"] * 1.01}
+    made += [codec.encode(moved, base=states[-1], level=level) for level in ("fast", "balanced")]
+    payloads = [*(path.read_bytes() for path in paths), *made]
+    return payloads, {codec.base_digest(s): s for s in states}
 
 
 def work(seed: int, executions: int, seconds: float) -> dict[str, Any]:
     """Run so many executions, or so long."""
     signal.signal(signal.SIGALRM, _hang)
+    # Once loaded they take all but small tensors.
+    importlib.import_module("sparsekit.kernels.bitmap.cpu")
     dice = random.Random(seed)
     seeds, bases = corpus()
     apart = []
