@@ -292,8 +292,9 @@ def holds_values(x: Tensor) -> bool:
     """
     return (
         type(x) in (Tensor, Parameter)
-        and not x.is_neg()
+        # First: torch.compile cannot look at what follows.
         and not torch.compiler.is_compiling()
+        and not x.is_neg()
         and not (torch._C._len_torch_dispatch_stack() and _records_operations())
         # Of these two torch has no public form that is typed; its own Python code asks them too.
         and torch._C._get_tracing_state() is None
