@@ -23,6 +23,9 @@ from sparsekit.fed.engines.base import STALE, Answered, Engine, Failure, Reply
 from sparsekit.fed.ledger import OUTCOME_OK, LedgerRow, message_row
 from sparsekit.fed.plan import TASK_TRAIN, Hello, Report, TrainPlan, from_control, to_control
 
+# Even float32 numbers that have run away give less.
+_MOST_REPORTED = 1e100
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -206,6 +209,8 @@ def _judge(data: bytes, order: Order, hello: Hello) -> Answer | Failure:
                 f"expected round {plan.round} from {hello.site}, "
                 f"got round {report.round} from {report.site}",
             )
+        if not _is_plausible(report, hello):
+            return Failure("corrupt", "its report has counts or sums that cannot be")
         if plan.task != TASK_TRAIN:
             return Answer(report=report, update=None)
         update = read_update(message.payload, plan=plan, sent=order.sent, n_train=hello.n_train)
@@ -218,6 +223,13 @@ def _judge(data: bytes, order: Order, hello: Hello) -> Answer | Failure:
         return Failure("nan", str(error))
     except CodecError as error:
         return Failure("corrupt", str(error))
+
+
+def _is_plausible(report: Report, hello: Hello) -> bool:
+    """Whether sums over all sites will be finite, and counts are those of the site."""
+    numbers = [n for n in (report.test_abs_error_sum, report.train_loss) if n is not None]
+    fine = all(0 <= number <= _MOST_REPORTED for number in numbers)
+    return fine and report.test_n <= hello.n_test
 
 
 class QuorumError(RunError):

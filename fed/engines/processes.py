@@ -56,7 +56,7 @@ class ProcessesEngine:
         goes to torch inside each.
     deadline : float
         Seconds within which a site must have replied. The process of one that has not is ended:
-        sites keep nothing from round to round, and a new one starts for the next.
+        sites keep nothing that they need from round to round, and a new one starts for the next.
     """
 
     travels = True

@@ -18,10 +18,13 @@ from sparsekit import codec
 from sparsekit.cli.states import Shown, open_state, progress, safetensors
 from sparsekit.codec import PayloadInfo, RecordInfo
 from sparsekit.codec.interop import from_torch_prune
+from sparsekit.codec.wire import quote
 from sparsekit.errors import ArgumentError, UsageError
 
 app = typer.Typer(no_args_is_help=True, help="Inspect, write and read payloads of sparse states.")
 
+_MOST_NAME_BYTES = 2**16 - 1
+_SAFETENSORS_HEADER = "__metadata__"
 _SUFFIXES = ".pt, .pth, .npz or .safetensors"
 Payload = Annotated[Path, typer.Argument(metavar="FILE", help="Payload.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
@@ -114,7 +117,12 @@ def decode_command(
         if target.suffix == ".npz":
             _write_whole(target, lambda file: _write_npz(file, shown), force)
         else:
-            data = safetensors().save(dict(shown))
+            state = dict(shown)
+            if _SAFETENSORS_HEADER in state:
+                raise ArgumentError(
+                    f"OUT: a .safetensors file cannot hold a tensor named {_SAFETENSORS_HEADER!r}"
+                )
+            data = safetensors().save(state)
             _write_whole(target, lambda file: file.write(data), force)
 
 
@@ -141,6 +149,8 @@ def _write_npz(file: IO[bytes], tensors: Iterable[tuple[str, Tensor]]) -> None:
     # Not np.savez: it takes the names as keyword arguments and so forbids one called "file".
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, tensor in tensors:
+            if len(f"{name}.npy".encode()) > _MOST_NAME_BYTES:
+                raise ArgumentError(f"OUT: {quote(name)} is too long a name for an .npz file")
             exact = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, exact.numpy(), allow_pickle=False)

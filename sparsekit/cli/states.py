@@ -68,6 +68,9 @@ class _LazyState(Mapping[str, Tensor]):
             # Damaged files raise whatever their reader met first.
             raise ArgumentError(_damaged(self._path, error)) from error
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
@@ -94,7 +97,10 @@ def _npz_tensors(path: Path) -> tuple[list[str], Callable[[str], Tensor]]:
 
     def get(name: str) -> Tensor:
         with path.open("rb") as file:
-            array = np.load(file, allow_pickle=False)[name]
+            arrays = np.load(file, allow_pickle=False)
+            # By the member's whole name: another tensor may be called as this one's file.
+            member = f"{name}.npy"
+            array = arrays[member if member in arrays.zip.namelist() else name]
         return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
 
     return names, get
@@ -168,6 +174,9 @@ class Shown(Mapping[str, Tensor]):
         tensor = self._state[name]
         self.seen_bytes += tensor.numel() * tensor.element_size()
         return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._state
 
     def __iter__(self) -> Iterator[str]:
         console = Console(stderr=True)

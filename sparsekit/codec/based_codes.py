@@ -19,6 +19,8 @@ BLOCK = 2**13
 """Differences keep the low bits of so many elements together."""
 LEVELS = {4: 7, 8: 127}
 """Largest level by the number of bits that a level nominally has."""
+LEAST_STEP = 2.0**-100
+"""Of steps that are not 0: no sum of a multiple and a base value is then subnormal."""
 PAIRED = 15
 """Levels of 4 bits travel in pairs: a digit of 15 each."""
 _MOST_DELTA = 2**32
@@ -107,6 +109,8 @@ def parse_levels(parameters: bytes) -> LevelCode | None:
     """Read the bytes of a record; None for some that no writer makes."""
     bits, based, step = LEVEL_PARAMETERS.unpack(parameters)
     if bits not in LEVELS or based > 1 or not math.isfinite(step) or math.copysign(1, step) < 0:
+        return None
+    if 0 < step < LEAST_STEP:
         return None
     return LevelCode(bits, bool(based), step)
 

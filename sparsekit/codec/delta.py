@@ -18,7 +18,7 @@ from sparsekit.codec.codes import LAYOUTS
 from sparsekit.codec.elements import Bits
 from sparsekit.errors import FormatError
 
-_Ints = npt.NDArray[np.int64]
+_Ints = npt.NDArray[np.signedinteger]
 
 _TOP_BITS = 3
 _LARGEST = 31
@@ -51,7 +51,7 @@ def pack(
                    m << np.maximum(_TOP_BITS - below, 0)) & 7  # fmt: skip
     first = (size_class << _TOP_BITS | np.where(changed, top, 0)).astype(np.uint8)
     low_width = np.maximum(width - 1, 0)
-    low = (m & (1 << low_width) - 1) | (difference < 0).astype(np.int64) << low_width
+    low = (m & (np.int64(1) << low_width) - 1) | (difference < 0).astype(np.int64) << low_width
     low = np.where(changed, low, 0)
     ends = np.cumsum(counts)
     parts = [
@@ -78,21 +78,25 @@ def reader(section: memoryview, code: DeltaCode, k: int) -> Callable[[int, int, 
         nonlocal at
         assert base is not None
         base = _of_kind(base, code.kind)
-        first = plane(stop - start, stop == k).astype(np.int64)
-        size_class, top = first >> _TOP_BITS, first & 7
+        first = plane(stop - start, stop == k).astype(np.int32)
+        size_class, top = first >> _TOP_BITS, (first & 7).astype(np.int64)
         below, width = _widths(size_class, _weight(base, code.kind), code.smallest)
         low, used = _read_low(packed[at:], width)
         at += used
         if stop == k and at != packed.size:
             raise FormatError("it does not end with the last difference")
-        low_width = np.maximum(width - 1, 0)
-        negative = low >> low_width & 1
-        m = np.where(below >= _TOP_BITS, top << np.maximum(below - _TOP_BITS, 0),
-                     top >> np.maximum(_TOP_BITS - below, 0))  # fmt: skip
-        m |= low & (1 << low_width) - 1
-        m |= np.where(size_class >= 2, np.int64(1) << np.maximum(below, 0), 0)
-        m = np.where(size_class > 0, m, 0)
-        found = _ordered(base) + np.where(negative == 1, -m, m)
+        # In place, because a block's numbers are all the memory that decoding needs.
+        found = low & (np.int64(1) << np.maximum(width - 1, 0)) - 1
+        low >>= np.maximum(width - 1, 0)
+        top <<= np.maximum(below - _TOP_BITS, 0)
+        top >>= np.maximum(_TOP_BITS - below, 0)
+        found |= top
+        top[:] = size_class >= 2
+        top <<= np.maximum(below, 0)
+        found |= top
+        found *= size_class > 0
+        np.negative(found, out=found, where=(low & 1).astype(np.bool_))
+        found += _ordered(base)
         sign = 1 << 8 * base.itemsize - 1
         if found.size and np.abs(found).max() >= sign:
             raise FormatError("a difference leads beyond all numbers")
@@ -121,16 +125,17 @@ def _ordered(bits: Bits) -> _Ints:
 def _weight(base: Bits, kind: str) -> _Ints:
     """Exponents of the base's steps."""
     layout = LAYOUTS[kind]
-    exponents = base.astype(np.int64) >> layout.mantissa_bits
-    return exponents & (1 << layout.exponent_bits) - 1
+    exponents = base >> base.dtype.type(layout.mantissa_bits)
+    return exponents.astype(np.int32) & np.int32((1 << layout.exponent_bits) - 1)
 
 
 def _widths(size_class: _Ints, weight: _Ints, smallest: int) -> tuple[_Ints, _Ints]:
     """Bits of m below an implied leading one, and stored bits of a difference with its sign."""
     length = np.clip(size_class + smallest - weight, 1, _MOST_LENGTH)
-    below = length - (size_class >= 2)
-    width = np.maximum(below - _TOP_BITS, 0) + 1
-    return below, np.where(size_class > 0, width, 0)
+    # Small numbers in small types: there are as many as a block has elements.
+    below = (length - (size_class >= 2)).astype(np.int8)
+    width = np.maximum(below - np.int8(_TOP_BITS), 0) + np.int8(1)
+    return below, np.where(size_class > 0, width, np.int8(0))
 
 
 def _pack_low(low: _Ints, width: _Ints) -> bytes:

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from sparsekit.codec.records import MaskCode, ValueCode
-from sparsekit.codec.tensors import Buffer, as_bytes_view
-from sparsekit.codec.wire import NO_BASE, Placed, parse
+from sparsekit.codec.wire import NO_BASE, Buffer, Placed, as_bytes_view, parse
 
 
 @dataclass(frozen=True)

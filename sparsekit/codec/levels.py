@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsekit.codec import frames
-from sparsekit.codec.based_codes import LEVELS, PAIRED, LevelCode
+from sparsekit.codec.based_codes import LEAST_STEP, LEVELS, PAIRED, LevelCode
 from sparsekit.codec.elements import Bits
 from sparsekit.errors import FormatError
 
@@ -46,6 +46,8 @@ def pack(bits: Bits, base: Bits | None, kind: int) -> tuple[LevelCode, memoryvie
     root = np.sqrt(np.square(differences, dtype=np.float64).mean())
     best = np.float32(_STEP_OF_RMS[kind] * root)
     step = min(step, best) if kind == 4 else max(step, best)
+    if 0 < step < LEAST_STEP:
+        return None
     code = LevelCode(kind, base is not None, float(step))
     levels = np.zeros(bits.size, np.int8)
     if step > 0:
@@ -74,12 +76,17 @@ def reader(section: memoryview, code: LevelCode, k: int) -> Callable[[int, int, 
 
     def read(start: int, stop: int, base: Bits | None) -> Bits:
         with np.errstate(over="ignore", invalid="ignore"):
-            values = next_levels(start, stop).astype("<f4") * step
+            levels = next_levels(start, stop)
+            values = levels.astype("<f4") * step
             if code.based:
                 assert base is not None
                 values = np.ascontiguousarray(base, "<u4").view("<f4") + values
         # -0.0 is +0.0 here.
         bits: Bits = (values + np.float32(0.0)).view("<u4")
+        if code.based and base is not None:
+            # As it is: a processor that takes subnormal numbers for 0 would change it.
+            kept = base * (base != np.uint32(1 << 31))
+            bits = np.where(levels == 0, kept, bits)
         return bits
 
     return read

@@ -24,7 +24,7 @@ from sparsekit.errors import FormatError
 _Take: TypeAlias = Callable[[int], Positions]
 
 # Of each class, so that all together need little memory.
-_CHUNK = CHUNK // 4
+_CHUNK = CHUNK // 16
 _LARGEST = CLASSES // 2 - 1
 # An eighth of an octave: the unit of distance.
 _UNIT_BITS = 3
@@ -100,22 +100,22 @@ def positions(
 
 def _chunks(
     base: Elements, threshold: int
-) -> Iterator[tuple[int, Positions, Bits, npt.NDArray[np.int64]]]:
+) -> Iterator[tuple[int, Positions, Bits, npt.NDArray[np.int8]]]:
     for start, places in pattern_positions(base, chunk=_CHUNK):
         sizes = magnitudes(base.bits[start : start + _CHUNK][places], base.dtype)
         yield start, places, sizes, _classes(sizes, threshold, base.dtype)
 
 
-def _classes(sizes: Bits, threshold: int, dtype: DType) -> npt.NDArray[np.int64]:
+def _classes(sizes: Bits, threshold: int, dtype: DType) -> npt.NDArray[np.int8]:
     """Twice the bit length of the distance to the threshold, at most 4, plus the side."""
     large = sizes >= threshold
     limit = sizes.dtype.type(threshold)
     distance = np.where(large, sizes - limit, limit - sizes)
     distance = distance >> sizes.dtype.type(dtype.mantissa_bits - _UNIT_BITS)
-    length = np.zeros(sizes.size, np.int64)
+    length = np.zeros(sizes.size, np.int8)
     for bits in range(_LARGEST):
         length += distance >= 1 << bits
-    return 2 * length + large
+    return length * np.int8(2) + large.view(np.int8)
 
 
 def _read_streams(section: memoryview, totals: list[int]) -> list[_Take | None]:

@@ -15,7 +15,7 @@ from sparsekit.codec.records import MaskCode
 from sparsekit.errors import FormatError
 
 # Two masks are read side by side.
-_CHUNK = CHUNK // 4
+_CHUNK = CHUNK // 8
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 import mmap
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeAlias, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -13,7 +13,16 @@ from sparsekit.codec.core import BASED, Level, MaskEncoding, Values
 from sparsekit.codec.elements import Elements
 from sparsekit.codec.positions import Bools
 from sparsekit.codec.records import BOOL, DTYPE_BY_NAME, DType
-from sparsekit.codec.wire import MAX_DIMS, MAX_NAME_BYTES, Header, Placed, parse, quote
+from sparsekit.codec.wire import (
+    MAX_DIMS,
+    MAX_NAME_BYTES,
+    Buffer,
+    Header,
+    Placed,
+    as_bytes_view,
+    parse,
+    quote,
+)
 from sparsekit.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -21,8 +30,6 @@ from sparsekit.errors import (
     TemplateError,
 )
 from sparsekit.types import Masks, State
-
-Buffer: TypeAlias = bytes | bytearray | memoryview
 
 DEFAULT_MAX_BYTES = 4 * 2**30
 
@@ -135,8 +142,9 @@ def encode_chunks(
     _check_mapping(state, "state")
     if masks is not None:
         _check_mapping(masks, "masks")
+        names = set(state)
         for name in masks:
-            if name not in state:
+            if name not in names:
                 raise ArgumentError(f"masks: {quote(str(name))} is not in the state")
     encoder = core.Encoder(
         None if base is None else _elements_of_state(base, "base"), masked=masks is not None,
@@ -268,16 +276,6 @@ def base_digest(state: State) -> bytes:
         xxh3_128 of the serialisation in ``docs/wire-format.md``.
     """
     return core.digest_elements(_elements_of_state(state, "state"))
-
-
-def as_bytes_view(payload: Buffer | mmap.mmap) -> memoryview:
-    """View a payload as one run of bytes."""
-    if not isinstance(payload, bytes | bytearray | memoryview | mmap.mmap):
-        raise ArgumentTypeError(
-            f"payload: expected bytes, bytearray or memoryview, got {type(payload).__name__}"
-        )
-    view = memoryview(payload)
-    return view.cast("B") if view.c_contiguous else memoryview(view.tobytes())
 
 
 def _check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:

@@ -5,9 +5,11 @@
 """
 
 import math
+import mmap
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import xxhash
 
@@ -44,7 +46,13 @@ from sparsekit.codec.records import (
     parameter_bytes,
     value_bytes,
 )
-from sparsekit.errors import ChecksumError, FormatError, TruncatedError, VersionError
+from sparsekit.errors import (
+    ArgumentTypeError,
+    ChecksumError,
+    FormatError,
+    TruncatedError,
+    VersionError,
+)
 
 MAGIC = b"\x89SPU\r\n\x1a\n"
 MAJOR = 1
@@ -70,6 +78,9 @@ _VALUE_CODES = frozenset(map(int, ValueCode))
 PREFIX = struct.Struct("<8sBBHIIIQQ16sQ")
 RECORD = struct.Struct("<HHBBBBQQQQ")
 CHECKSUM_AT = PREFIX.size - 8
+
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +113,16 @@ def padded(length: int) -> int:
 def quote(name: str) -> str:
     """A name fit for an error message: escaped, and cut where a hostile one is endless."""
     return repr(name) if len(name) <= 80 else repr(name[:80]) + "..."
+
+
+def as_bytes_view(payload: Buffer | mmap.mmap) -> memoryview:
+    """View a payload as one run of bytes."""
+    if not isinstance(payload, bytes | bytearray | memoryview | mmap.mmap):
+        raise ArgumentTypeError(
+            f"payload: expected bytes, bytearray or memoryview, got {type(payload).__name__}"
+        )
+    view = memoryview(payload)
+    return view.cast("B") if view.c_contiguous else memoryview(view.tobytes())
 
 
 def section_checksum(*sections: bytes | memoryview) -> int:

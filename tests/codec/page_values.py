@@ -124,6 +124,7 @@ def read_levels(section: bytes, record: Plain, k: int, base: Plain | None, p: by
     width, based, step = struct.unpack("<BBf", p)
     need(width in (4, 8) and based <= 1 and math.isfinite(step) and p[5] < 128, "parameters")
     need(record.dtype == 0 and k >= 1, "float32")
+    need(step == 0 or step >= 2.0**-100, "step")
     size = k if width == 8 else (k + 1) // 2
     need(1 <= len(section) <= size, "length of levels")
     plane = read_plane(section, size)
@@ -139,6 +140,9 @@ def read_levels(section: bytes, record: Plain, k: int, base: Plain | None, p: by
     for position, q, bits in zip(record.kept, levels, held, strict=False):
         del position
         value = rounded(q * step)
+        if based and q == 0:
+            values.append(0 if bits == 1 << 31 else bits)
+            continue
         if based:
             value = rounded(as_float(bits) + value)
         values.append(int.from_bytes(struct.pack("<f", value + 0.0), "little"))

@@ -252,3 +252,46 @@ def test_decoding_takes_little_beside_its_result(values: Values, encoding: MaskE
     finally:
         tracemalloc.stop()
     assert 4 * state.numel() <= peak < 4 * state.numel() + 2**20, peak - 4 * state.numel()
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_steps_survive_flush_to_zero(values: Values) -> None:
+    base = torch.randn(400)
+    base[5:9] = torch.tensor([1e-40, -1e-42, -0.0, 3e-39])
+    state = base.clone()
+    state[20:] += 0.1 * torch.randn(380)
+    payload = codec.encode({"w": state}, base={"w": base}, values=values)
+    assert codec.inspect(payload).records[0].value_encoding == "levels"
+    wanted = codec.decode(payload, base={"w": base})["w"]
+    assert equal(wanted[5:9], base[5:9])
+    torch.set_flush_denormal(True)
+    try:
+        found = codec.decode(payload, base={"w": base})["w"]
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(bits(found), bits(wanted))
+    # Steps this small are not for levels.
+    small = {"w": torch.linspace(1e-38, 2e-38, 64)}
+    assert codec.inspect(codec.encode(small, values=values)).records[0].value_encoding == "raw"
+
+
+@pytest.mark.parametrize("encoding", ["subset", "predicted"])
+@pytest.mark.parametrize("values", ["lossless", "int8"])
+def test_dense_masks_inside_a_base_take_little_memory(
+    values: Values, encoding: MaskEncoding
+) -> None:
+    random = torch.Generator().manual_seed(8)
+    base = torch.randn(1_000_000, generator=random)
+    mask = torch.rand(1_000_000, generator=random) < 0.97
+    state = {"w": retrained(base, 0.05) * mask}
+    payload = codec.encode(
+        state, masks={"w": mask}, base={"w": base}, values=values, mask_encoding=encoding
+    )
+    codec.decode(payload, base={"w": base})
+    tracemalloc.start()
+    try:
+        codec.decode(payload, base={"w": base})
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * mask.numel() + 2**20, (peak - 4 * mask.numel()) / 2**10

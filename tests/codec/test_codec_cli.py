@@ -260,3 +260,40 @@ def test_what_is_large_shows_how_far_it_is(
     monkeypatch.delenv("FORCE_COLOR")
     assert run("decode", "a.spu", "b.npz") == 0
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_tensor_may_be_called_as_the_file_of_another() -> None:
+    state = {"w": torch.ones(3), "w.npy": torch.full((3,), 2.0)}
+    Path("a.spu").write_bytes(codec.encode(state))
+    assert run("decode", "a.spu", "a.npz") == 0
+    assert run("encode", "a.npz", "b.spu") == 0
+    again = codec.decode(Path("b.spu").read_bytes())
+    assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    ("name", "target", "match"),
+    [
+        ("n" * 65_532, "a.npz", "is too long a name"),
+        ("__metadata__", "a.safetensors", "cannot hold a tensor named '__metadata__'"),
+    ],
+)
+def test_names_that_a_format_cannot_hold_are_refused(
+    name: str, target: str, match: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("a.spu").write_bytes(codec.encode({name: torch.ones(2)}))
+    assert run("decode", "a.spu", target) == 1
+    assert match in capsys.readouterr().err
+    assert not Path(target).exists()
+
+
+@pytest.mark.usefixtures("folder")
+def test_bytes_of_pruned_tensors_are_counted_once(capsys: pytest.CaptureFixture[str]) -> None:
+    layer = torch.nn.utils.prune.l1_unstructured(
+        torch.nn.Linear(8, 8, bias=False), "weight", amount=20
+    )
+    torch.save(layer.state_dict(), "pruned.pt")
+    assert run("encode", "pruned.pt", "out.spu") == 0
+    assert "for 256 bytes of tensors" in capsys.readouterr().err

@@ -371,3 +371,19 @@ def test_what_rounding_took_away_is_sent_later(state: ServerState, values: Value
         state = dataclasses.replace(merged, sent=dict(order.sent.weights))
     for name, tensor in plan_round(state, config).sent.weights.items():
         assert torch.allclose(tensor, target[name], atol=1e-4), name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"test_abs_error_sum": 1.7e308}, {"test_abs_error_sum": -1.0}, {"train_loss": 1e200},
+     {"test_n": 3}],
+)  # fmt: skip
+def test_a_report_that_cannot_be_costs_its_site_the_round(
+    state: ServerState, changes: dict[str, Any]
+) -> None:
+    bad = messages.pack(report("b", 1) | changes, encode(state.weights, round=1))
+    engine = Scripted({"a": good(state, "a", 0.1), "b": bad})
+    config = dataclasses.replace(CONFIG, quorum=0.5)
+    outcome = play_round(state, config, engine, hellos("a", "b"), lambda _: None)
+    assert outcome.failures["b"].outcome == "corrupt"
+    assert set(outcome.answers) == {"a"}
