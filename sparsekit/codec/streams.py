@@ -68,7 +68,7 @@ def encode_to(
 
 
 def decode_from(
-    file: IO[bytes],
+    file: IO[bytes] | io.BufferedIOBase,
     *,
     base: State | None = None,
     template: State | None = None,
@@ -100,7 +100,7 @@ def decode_from(
     return decode_each(_mapped(file), base=base, template=template, max_bytes=max_bytes)
 
 
-def _mapped(file: IO[bytes]) -> mmap.mmap | bytes:
+def _mapped(file: IO[bytes] | io.BufferedIOBase) -> mmap.mmap | bytes:
     # Of what is no plain file, a compressed one say, the operating system's file is another.
     if isinstance(getattr(file, "raw", file), io.FileIO):
         try:

@@ -1,6 +1,5 @@
 """What leans on a base: masks inside the base's, lossless differences, steps in a closed loop."""
 
-import tracemalloc
 from typing import get_args
 
 import pytest
@@ -14,6 +13,7 @@ from sparsekit.codec.based_codes import BLOCK
 from sparsekit.codec.core import Level, MaskEncoding, Values
 from sparsekit.errors import ArgumentError, BaseMismatchError, ValueRangeError
 from tests.codec import page_decoder, page_values
+from tests.codec.memory import peak_bytes
 
 N = 3 * BLOCK + 77
 BASED_MASKS: tuple[MaskEncoding, ...] = ("same", "subset", "predicted")
@@ -245,12 +245,7 @@ def test_decoding_takes_little_beside_its_result(values: Values, encoding: MaskE
         {"w": state}, masks={"w": mask}, base=base, values=values, mask_encoding=encoding
     )
     codec.decode(payload, base=base)
-    tracemalloc.start()
-    try:
-        codec.decode(payload, base=base)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+    peak = peak_bytes(lambda: codec.decode(payload, base=base))
     assert 4 * state.numel() <= peak < 4 * state.numel() + 2**20, peak - 4 * state.numel()
 
 
@@ -288,10 +283,5 @@ def test_dense_masks_inside_a_base_take_little_memory(
         state, masks={"w": mask}, base={"w": base}, values=values, mask_encoding=encoding
     )
     codec.decode(payload, base={"w": base})
-    tracemalloc.start()
-    try:
-        codec.decode(payload, base={"w": base})
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+    peak = peak_bytes(lambda: codec.decode(payload, base={"w": base}))
     assert peak < 4 * mask.numel() + 2**20, (peak - 4 * mask.numel()) / 2**10

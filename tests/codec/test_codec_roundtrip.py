@@ -1,6 +1,5 @@
 """What goes into a payload comes out of it: exact bits, exact masks, same bytes each time."""
 
-import tracemalloc
 from collections.abc import Callable
 from typing import Literal
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from sparsekit import codec
 from sparsekit.codec.core import Values
+from tests.codec.memory import peak_bytes
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
@@ -319,12 +319,7 @@ def test_decoding_compressed_values_takes_little_beside_them(values: Values, kep
     mask = torch.rand(2_000_000, generator=random) < kept
     tensor = torch.randn(2_000_000, generator=random) * mask
     payload = codec.encode({"w": tensor}, masks={"w": mask}, values=values, level="balanced")
-    tracemalloc.start()
-    try:
-        codec.decode(payload)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+    peak = peak_bytes(lambda: codec.decode(payload))
     assert 4 * tensor.numel() <= peak < 4 * tensor.numel() + 2**20
 
 
@@ -343,12 +338,7 @@ def test_decoding_takes_little_beside_its_result(encoding: Literal["bitmap", "cs
     tensor = torch.zeros(64 * 20_000)
     tensor[::7] = 1.0
     payload = codec.encode({"w": tensor.reshape(64, -1)}, mask_encoding=encoding)
-    tracemalloc.start()
-    try:
-        codec.decode(payload)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+    peak = peak_bytes(lambda: codec.decode(payload))
     assert 4 * tensor.numel() <= peak < 4 * tensor.numel() + 2**20
 
 

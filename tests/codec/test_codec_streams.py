@@ -54,7 +54,7 @@ def test_any_binary_file_is_read(tmp_path: Path) -> None:
         assert equal(codec.decode_from(plain, base=BASE, template=STATE))
         assert equal(codec.decode_from(raw, base=BASE))
     with gzip.open(tmp_path / "p.gz", "rb") as zipped:
-        assert equal(codec.decode_from(zipped, base=BASE))  # type: ignore[arg-type]
+        assert equal(codec.decode_from(zipped, base=BASE))
     assert equal(codec.decode_from(io.BytesIO(payload), base=BASE))
     read, write = os.pipe()
 

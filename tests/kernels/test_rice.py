@@ -1,5 +1,7 @@
 """Rice codes of masks against the reference, bit for bit."""
 
+from types import ModuleType
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -13,8 +15,8 @@ from sparsekit.kernels.rice import cpu, reference
 Bytes = npt.NDArray[np.uint8]
 
 
-def read(module: object, section: Bytes, n: int, *code: int, step: int) -> Bytes:
-    unpack = module.unpacker(section, n, *code)  # type: ignore[attr-defined]
+def read(module: ModuleType, section: Bytes, n: int, *code: int, step: int) -> Bytes:
+    unpack = module.unpacker(section, n, *code)
     parts = [unpack(start, min(start + step, n)) for start in range(0, n, step)]
     return np.concatenate(parts)
 
