@@ -6,19 +6,17 @@
 `write --check` changes nothing and exits with 1 if the page differs from what it would write.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from page_command import run
+
 from sparsekit.bench.pages import number, table
 from sparsekit.bench.pairs import quartiles, ratio
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "docs" / "results" / "codec.json"
-PAGE = ROOT / "docs" / "results" / "codec.md"
 OURS, FAST, MEMCPY = "sparsekit", "sparsekit, fast", "memcpy"
 Row = dict[str, Any]
 
@@ -147,27 +145,5 @@ def page(results: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Collect or write; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    collecting = commands.add_parser("collect")
-    collecting.add_argument("file", type=Path)
-    writing = commands.add_parser("write")
-    writing.add_argument("--check", action="store_true")
-    options = parser.parse_args(argv)
-    if options.command == "collect":
-        RESULTS.write_text(json.dumps(collect(options.file), indent=1, sort_keys=True) + "\n")
-        return 0
-    wanted = page(json.loads(RESULTS.read_text()))
-    if PAGE.exists() and PAGE.read_text() == wanted:
-        return 0
-    if options.check:
-        print(f"{PAGE.relative_to(ROOT)} is stale: run {sys.argv[0]} write", file=sys.stderr)
-        return 1
-    PAGE.write_text(wanted)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(__doc__, "codec", collect, page))

@@ -6,19 +6,16 @@
 `write --check` changes nothing and exits with 1 if the page differs from what it would write.
 """
 
-import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from page_command import run
+
 from sparsekit.codec.core import Values
 from sparsekit.fed.compare import load_result, paired_difference
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "docs" / "results" / "values.json"
-PAGE = ROOT / "docs" / "results" / "values.md"
 BASELINE = "lossless"
 BARS = {"lossless": 5.0, "bf16": 10.0, "int8": 14.0, "int4": 30.0}
 
@@ -116,29 +113,5 @@ def page(results: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Collect or write; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    collecting = commands.add_parser("collect")
-    collecting.add_argument("folder", type=Path)
-    writing = commands.add_parser("write")
-    writing.add_argument("--check", action="store_true")
-    options = parser.parse_args(argv)
-    if options.command == "collect":
-        RESULTS.write_text(json.dumps(collect(options.folder), indent=1, sort_keys=True) + "\n")
-        return 0
-    wanted = page(json.loads(RESULTS.read_text()))
-    if PAGE.exists() and PAGE.read_text() == wanted:
-        return 0
-    if options.check:
-        print(
-            f"{PAGE.relative_to(ROOT)} is stale: run tools/values_table.py write", file=sys.stderr
-        )
-        return 1
-    PAGE.write_text(wanted)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(__doc__, "values", collect, page))
