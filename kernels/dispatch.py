@@ -1,8 +1,9 @@
 """Which implementation runs an op: one explicit table, and a record of the choices made.
 
-Nothing here looks at environment variables or catches a failing import: ``auto`` takes the first
-row of the table, or torch's dense convolution where the cost model of
-`sparsekit.kernels.masked_conv3d.selector` says so; a backend that was named runs or raises.
+Nothing here catches a failing import: ``auto`` takes the first row of the table, or torch's dense
+convolution where the cost model of `sparsekit.kernels.masked_conv3d.selector` says so; a backend
+that was named runs or raises. Triton's rows stand where `sparsekit.kernels.triton_device` says that
+its kernels can run.
 """
 
 import os
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from sparsekit.errors import ArgumentError, BackendError
+from sparsekit.kernels import triton_device
 from sparsekit.kernels.bitmap import reference as bitmap_reference
 from sparsekit.kernels.conv_norm_pool_relu import reference as conv_norm_pool_relu_reference
 from sparsekit.kernels.loading import at_first_use
@@ -199,6 +201,10 @@ TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {
 }
 
 
+# Ops that have Triton kernels: the first choice on a GPU; on a CPU, in the interpreter, only by name.
+TRITON: dict[str, Implementation] = {}
+
+
 def ops() -> tuple[str, ...]:
     """Names of all ops in the table, in its order."""
     return tuple(dict.fromkeys(op for op, _ in TABLE))
@@ -206,7 +212,10 @@ def ops() -> tuple[str, ...]:
 
 def available(op: str, device_type: str) -> tuple[Implementation, ...]:
     """Implementations of `op` for tensors on `device_type`, best first."""
-    return TABLE.get((op, device_type), TABLE[(op, ANY_DEVICE)])
+    rows = TABLE.get((op, device_type), TABLE[(op, ANY_DEVICE)])
+    if op not in TRITON or triton_device.why_not(device_type):
+        return rows
+    return (*rows, TRITON[op]) if device_type == "cpu" else (TRITON[op], *rows)
 
 
 def resolve(
@@ -266,6 +275,10 @@ def resolve(
         raise BackendError(
             f"backend: {backend!r} cannot run {op} here: {reference_only}; "
             f"use backend='auto' or {names}"
+        )
+    if backend == "triton" and op in TRITON:
+        raise BackendError(
+            f"backend: 'triton' cannot run {op} here: {triton_device.why_not(device_type)}"
         )
     raise BackendError(
         f"backend: this release has no {backend!r} implementation of {op} for {device_type} "
