@@ -201,7 +201,7 @@ TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {
 }
 
 
-# Ops that have Triton kernels: the first choice on a GPU; on a CPU, in the interpreter, only by name.
+# Ops that have Triton kernels: first choice on a GPU; on a CPU, in the interpreter, only by name.
 TRITON: dict[str, Implementation] = {}
 
 

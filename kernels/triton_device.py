@@ -1,7 +1,7 @@
 """Where Triton kernels run: GPUs, and CPU tensors in Triton's interpreter.
 
-The interpreter is for tests. Triton reads its switch, ``TRITON_INTERPRET=1``, when a kernel's module
-is imported, so it is set before Python starts.
+The interpreter is for tests. Triton reads its switch, ``TRITON_INTERPRET=1``, when the module of a
+kernel is imported, so it is set before Python starts.
 """
 
 import os
