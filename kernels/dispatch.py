@@ -28,6 +28,7 @@ from sparsekit.kernels.topk_mask import reference as topk_reference
 from sparsekit.kernels.zero_pruned import reference as zero_pruned_reference
 
 if TYPE_CHECKING:
+    from sparsekit.kernels.masked_conv3d.gpu_cost import Decision as GpuDecision
     from sparsekit.kernels.masked_conv3d.selector import Decision
 
 BACKENDS = ("reference", "cpu", "triton")
@@ -78,6 +79,8 @@ _zero_pruned_cpu = at_first_use("zero_pruned.cpu")
 _bitmap_cpu = at_first_use("bitmap.cpu")
 selector = at_first_use("masked_conv3d.selector")
 """The cost model, which knows the kernels."""
+gpu_autograd = at_first_use("masked_conv3d.gpu_autograd", "triton")
+"""The Triton kernels of the convolution, with the model that chooses for them."""
 
 _CONV_REFERENCE = Implementation(
     "reference", lambda: conv_reference.masked_conv3d, follows_mask=False
@@ -179,6 +182,22 @@ def _bitmap(function: str) -> tuple[Implementation, Implementation]:
     )
 
 
+def _load_conv_triton() -> Callable[..., Any]:
+    loaded: Callable[..., Any] = gpu_autograd().masked_conv3d
+    return loaded
+
+
+def _load_conv_triton_choosing() -> Callable[..., Any]:
+    loaded: Callable[..., Any] = gpu_autograd().masked_conv3d_choosing
+    return loaded
+
+
+def _load_conv_norm_pool_relu_triton() -> Callable[..., Any]:
+    from sparsekit.kernels.conv_norm_pool_relu import triton
+
+    return triton.conv_norm_pool_relu
+
+
 # (op, device type) -> implementations, best first. Devices that are not listed take ANY_DEVICE.
 ANY_DEVICE = "any"
 TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {
@@ -202,7 +221,23 @@ TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {
 
 
 # Ops that have Triton kernels: first choice on a GPU; on a CPU, in the interpreter, only by name.
-TRITON: dict[str, Implementation] = {}
+TRITON: dict[str, Implementation] = {
+    "masked_conv3d": Implementation("triton", _load_conv_triton, follows_mask=True),
+    "conv_norm_pool_relu": Implementation(
+        "triton", _load_conv_norm_pool_relu_triton, follows_mask=True
+    ),
+}
+# What ``auto`` takes on a GPU instead where the model of `masked_conv3d.gpu_cost` says so.
+GPU_DENSE = {
+    "masked_conv3d": Implementation(
+        "dense", lambda: conv_reference.masked_conv3d, follows_mask=False
+    ),
+    "conv_norm_pool_relu": Implementation(
+        "dense", lambda: conv_norm_pool_relu_reference.conv_norm_pool_relu, follows_mask=False
+    ),
+}
+GPU_CONV_CHOOSING = Implementation("triton", _load_conv_triton_choosing, follows_mask=True)
+"""For code that torch compiles with ``auto``: the operator chooses when it runs."""
 
 
 def ops() -> tuple[str, ...]:
@@ -224,7 +259,7 @@ def resolve(
     backend: str = "auto",
     *,
     reference_only: str = "",
-    decision: "Decision | None" = None,
+    decision: "Decision | GpuDecision | None" = None,
 ) -> Choice:
     """Choose the implementation of `op`.
 
@@ -253,7 +288,8 @@ def resolve(
     rows = [row for row in every if row.backend == "reference" or not narrowed]
     if backend == "auto":
         if decision is not None:
-            return Choice(op, DENSE[op] if decision.dense else rows[0], decision.reason)
+            dense = DENSE if device_type == "cpu" else GPU_DENSE
+            return Choice(op, dense[op] if decision.dense else rows[0], decision.reason)
         if narrowed:
             reason = reference_only
         elif len(rows) == 1:
