@@ -201,8 +201,34 @@ TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {
 }
 
 
+def _load_topk_triton() -> Callable[..., Any]:
+    from sparsekit.kernels.topk_mask import triton
+
+    return triton.topk_mask
+
+
+def _bitmap_triton(function: str) -> Implementation:
+    """One of the functions on masks as bits, which takes tensors."""
+
+    def load() -> Callable[..., Any]:
+        from sparsekit.kernels.bitmap import triton
+
+        loaded: Callable[..., Any] = getattr(triton, function)
+        return loaded
+
+    return Implementation("triton", load, follows_mask=False)
+
+
 # Ops that have Triton kernels: first choice on a GPU; on a CPU, in the interpreter, only by name.
-TRITON: dict[str, Implementation] = {}
+TRITON: dict[str, Implementation] = {
+    "topk_mask": Implementation("triton", _load_topk_triton, follows_mask=False),
+    "bitmap_pack": _bitmap_triton("pack"),
+    "bitmap_nonzero": _bitmap_triton("nonzero"),
+    "bitmap_unpack": _bitmap_triton("unpack"),
+    "bitmap_count": _bitmap_triton("count"),
+    "bitmap_compact": _bitmap_triton("compact"),
+    "bitmap_expand": _bitmap_triton("expand"),
+}
 
 
 def ops() -> tuple[str, ...]:
