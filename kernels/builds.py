@@ -14,11 +14,27 @@ class Build(NamedTuple):
     """By position of a parameter: what is known of its value."""
     num_warps: int
     num_stages: int
+    detail: str = ""
+    """What sets this configuration of the kernel apart, in words."""
+    tensor_cores: bool = False
+    """Whether its loop has to use matrix units."""
+    wide_copies: bool = False
+    """Whether its loop has to be fed by asynchronous copies of 16 bytes."""
+
+    @property
+    def name(self) -> str:
+        """Kernel and configuration."""
+        types = [t for t in self.signature.values() if t.startswith("*")]
+        detail = self.detail or " ".join(
+            [*dict.fromkeys(types), *(f"{k}={v}" for k, v in self.constexprs.items())]
+        )
+        return f"{self.kernel.__name__} {detail}"
 
 
 def build(
-    kernel: Any, types: dict[str, str], constexprs: dict[str, Any], *, num_warps: int
-) -> Build:
+    kernel: Any, types: dict[str, str], constexprs: dict[str, Any], *, num_warps: int,
+    num_stages: int = 3, multiples: tuple[str, ...] = (), **words: Any,
+) -> Build:  # fmt: skip
     """Make a row for pointers to multiples of 16 bytes, as torch's own memory is.
 
     Parameters
@@ -28,7 +44,11 @@ def build(
         Triton's type of each parameter that is no constexpr, in the kernel's order.
     constexprs : dict
         Values of the others.
-    num_warps : int
+    num_warps, num_stages : int
+    multiples : tuple of str
+        Integers that are multiples of 16.
+    **words
+        `Build.detail` and what follows it.
     """
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
@@ -36,6 +56,6 @@ def build(
     aligned: dict[tuple[int, ...], list[list[Any]]] = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if signature[name].startswith("*")
+        if signature[name].startswith("*") or name in multiples
     }
-    return Build(kernel, signature, constexprs, aligned, num_warps, 3)
+    return Build(kernel, signature, constexprs, aligned, num_warps, num_stages, **words)

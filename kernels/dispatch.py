@@ -28,6 +28,7 @@ from sparsekit.kernels.topk_mask import reference as topk_reference
 from sparsekit.kernels.zero_pruned import reference as zero_pruned_reference
 
 if TYPE_CHECKING:
+    from sparsekit.kernels.masked_conv3d.gpu_cost import Decision as GpuDecision
     from sparsekit.kernels.masked_conv3d.selector import Decision
 
 BACKENDS = ("reference", "cpu", "triton")
@@ -76,8 +77,12 @@ _topk_mask_cpu = at_first_use("topk_mask.cpu")
 _norm_pool_relu_autograd = at_first_use("norm_pool_relu.autograd")
 _zero_pruned_cpu = at_first_use("zero_pruned.cpu")
 _bitmap_cpu = at_first_use("bitmap.cpu")
+_topk_mask_triton = at_first_use("topk_mask.triton", "triton")
+_bitmap_triton_module = at_first_use("bitmap.triton", "triton")
 selector = at_first_use("masked_conv3d.selector")
 """The cost model, which knows the kernels."""
+gpu_autograd = at_first_use("masked_conv3d.gpu_autograd", "triton")
+"""The Triton kernels of the convolution, with the model that chooses for them."""
 
 _CONV_REFERENCE = Implementation(
     "reference", lambda: conv_reference.masked_conv3d, follows_mask=False
@@ -179,6 +184,22 @@ def _bitmap(function: str) -> tuple[Implementation, Implementation]:
     )
 
 
+def _load_conv_triton() -> Callable[..., Any]:
+    loaded: Callable[..., Any] = gpu_autograd().masked_conv3d
+    return loaded
+
+
+def _load_conv_triton_choosing() -> Callable[..., Any]:
+    loaded: Callable[..., Any] = gpu_autograd().masked_conv3d_choosing
+    return loaded
+
+
+def _load_conv_norm_pool_relu_triton() -> Callable[..., Any]:
+    from sparsekit.kernels.conv_norm_pool_relu import triton
+
+    return triton.conv_norm_pool_relu
+
+
 # (op, device type) -> implementations, best first. Devices that are not listed take ANY_DEVICE.
 ANY_DEVICE = "any"
 TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {
@@ -202,18 +223,15 @@ TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {
 
 
 def _load_topk_triton() -> Callable[..., Any]:
-    from sparsekit.kernels.topk_mask import triton
-
-    return triton.topk_mask
+    loaded: Callable[..., Any] = _topk_mask_triton().topk_mask
+    return loaded
 
 
 def _bitmap_triton(function: str) -> Implementation:
     """One of the functions on masks as bits, which takes tensors."""
 
     def load() -> Callable[..., Any]:
-        from sparsekit.kernels.bitmap import triton
-
-        loaded: Callable[..., Any] = getattr(triton, function)
+        loaded: Callable[..., Any] = getattr(_bitmap_triton_module(), function)
         return loaded
 
     return Implementation("triton", load, follows_mask=False)
@@ -228,7 +246,22 @@ TRITON: dict[str, Implementation] = {
     "bitmap_count": _bitmap_triton("count"),
     "bitmap_compact": _bitmap_triton("compact"),
     "bitmap_expand": _bitmap_triton("expand"),
+    "masked_conv3d": Implementation("triton", _load_conv_triton, follows_mask=True),
+    "conv_norm_pool_relu": Implementation(
+        "triton", _load_conv_norm_pool_relu_triton, follows_mask=True
+    ),
 }
+# What ``auto`` takes on a GPU instead where the model of `masked_conv3d.gpu_cost` says so.
+GPU_DENSE = {
+    "masked_conv3d": Implementation(
+        "dense", lambda: conv_reference.masked_conv3d, follows_mask=False
+    ),
+    "conv_norm_pool_relu": Implementation(
+        "dense", lambda: conv_norm_pool_relu_reference.conv_norm_pool_relu, follows_mask=False
+    ),
+}
+GPU_CONV_CHOOSING = Implementation("triton", _load_conv_triton_choosing, follows_mask=True)
+"""For code that torch compiles with ``auto``: the operator chooses when it runs."""
 
 
 def ops() -> tuple[str, ...]:
@@ -250,7 +283,7 @@ def resolve(
     backend: str = "auto",
     *,
     reference_only: str = "",
-    decision: "Decision | None" = None,
+    decision: "Decision | GpuDecision | None" = None,
 ) -> Choice:
     """Choose the implementation of `op`.
 
@@ -279,7 +312,8 @@ def resolve(
     rows = [row for row in every if row.backend == "reference" or not narrowed]
     if backend == "auto":
         if decision is not None:
-            return Choice(op, DENSE[op] if decision.dense else rows[0], decision.reason)
+            dense = DENSE if device_type == "cpu" else GPU_DENSE
+            return Choice(op, dense[op] if decision.dense else rows[0], decision.reason)
         if narrowed:
             reason = reference_only
         elif len(rows) == 1:

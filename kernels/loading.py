@@ -1,6 +1,6 @@
 """Modules that are imported at their first use, by one thread at a time.
 
-Each of them imports Numba and much else, every one in another order: two threads that start with
+Each of them imports Numba or Triton and much else, every one in another order: two threads that start with
 two of them could each find a module that the other has only half imported.
 """
 
@@ -26,22 +26,25 @@ os.register_at_fork(
 )
 
 
-def at_first_use(module: str) -> Callable[[], Any]:
+def at_first_use(module: str, *before: str) -> Callable[[], Any]:
     """Return a function that imports a module of this package, once, and returns it.
 
     Parameters
     ----------
     module : str
         Its name below ``sparsekit.kernels``.
+    *before : str
+        Modules that are imported first; those of the CPU kernels by default.
     """
+    first = before or ("numba", "sparsekit.kernels.parallel")
     found: Any = None
 
     def load() -> Any:
         nonlocal found
         if found is None:
             with _lock:
-                importlib.import_module("numba")
-                importlib.import_module("sparsekit.kernels.parallel")
+                for name in first:
+                    importlib.import_module(name)
                 found = importlib.import_module(f"sparsekit.kernels.{module}")
         return found
 

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from sparsekit.arguments import Convolution
-from sparsekit.kernels import calls, dispatch
+from sparsekit.kernels import calls, dispatch, triton_device
 from sparsekit.kernels.calls import Known
 from sparsekit.kernels.dispatch import Choice
 
 if TYPE_CHECKING:
     from sparsekit.kernels.masked_conv3d.cost import Op
+    from sparsekit.kernels.masked_conv3d.gpu_cost import Decision as GpuDecision
     from sparsekit.kernels.masked_conv3d.selector import Decision
 
 
@@ -34,14 +35,18 @@ def convolution(
     bias: Tensor | None,
     backend: str,
     kind: Hashable | None,
+    precision: str,
 ) -> Callable[..., Any]:
     """Choose for `masked_conv3d`; `kind` is what `known` will be asked for."""
     x = call.x
-    why = why_only_reference(x, weight, bias) if x.device.type == "cpu" else ""
+    why = _why_only_reference(call, weight, bias, backend)
     compiling = torch.compiler.is_compiling()
-    decision = None
-    if backend == "auto" and x.device.type == "cpu" and not (why or compiling):
-        decision = _decide("masked_conv3d", call, weight, mask, bias)
+    decision: Decision | GpuDecision | None = None
+    if backend == "auto" and not (why or compiling):
+        if x.device.type == "cpu":
+            decision = _decide("masked_conv3d", call, weight, mask, bias)
+        elif precision == "auto":
+            decision = _decide_gpu(call, weight, mask, bias)
     # Meta tensors only carry shapes, which every backend gives alike.
     choice = dispatch.resolve(
         "masked_conv3d",
@@ -52,6 +57,9 @@ def convolution(
     )
     if compiling and backend == "auto" and choice.implementation.backend == "cpu":
         chosen: Callable[..., Any] = dispatch.CONV_CHOOSING.load()
+        return chosen
+    if compiling and backend == precision == "auto" and choice.implementation.backend == "triton":
+        chosen = dispatch.GPU_CONV_CHOOSING.load()
         return chosen
     return _record(choice, call, weight, mask, backend, kind)
 
@@ -66,12 +74,15 @@ def block(
 ) -> Callable[..., Any]:
     """Choose for `conv_norm_pool_relu`; `kind` is what `known` will be asked for."""
     x = call.x
-    why = why_only_reference(x, weight, bias)
-    if not why and torch.compiler.is_compiling():
+    why = _why_only_reference(call, weight, bias, backend)
+    if not why and x.device.type == "cpu" and torch.compiler.is_compiling():
         why = "torch.compile sees the single ops"
-    decision = None
-    if backend == "auto" and x.device.type == "cpu" and not why:
-        decision = _decide("conv_norm_pool_relu", call, weight, mask, bias)
+    decision: Decision | GpuDecision | None = None
+    if backend == "auto" and not (why or torch.compiler.is_compiling()):
+        if x.device.type == "cpu":
+            decision = _decide("conv_norm_pool_relu", call, weight, mask, bias)
+        else:
+            decision = _decide_gpu(call, weight, mask, bias)
     choice = dispatch.resolve(
         "conv_norm_pool_relu", x.device.type, backend, reference_only=why, decision=decision
     )
@@ -101,6 +112,39 @@ def why_only_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     if not (torch.compiler.is_compiling() or plain):
         return "the CPU kernels cannot see into traced tensors, torch.func or tensor subclasses"
     return ""
+
+
+def _why_only_reference(
+    call: Convolution, weight: Tensor, bias: Tensor | None, backend: str
+) -> str:
+    x = call.x
+    if x.device.type == "cpu" and backend != "triton":
+        return why_only_reference(x, weight, bias)
+    if x.is_meta or triton_device.why_not(x.device.type):
+        return ""
+    if x.dtype == torch.float64:
+        return "the Triton kernels are for float32, float16 and bfloat16, and x is float64"
+    if x.numel() == 0:
+        return "x is empty"
+    plain = all(dispatch.holds_values(t) for t in (x, weight, bias) if t is not None)
+    if not (torch.compiler.is_compiling() or plain):
+        return "the Triton kernels cannot see into traced tensors, torch.func or tensor subclasses"
+    # Where the kernels are, there is what knows their offsets.
+    dispatch.gpu_autograd()
+    from sparsekit.kernels.masked_conv3d import gpu_plans
+
+    return gpu_plans.why_too_large(call.shape)
+
+
+def _decide_gpu(
+    call: Convolution, weight: Tensor, mask: Tensor, bias: Tensor | None
+) -> "GpuDecision | None":
+    if triton_device.why_not(call.x.device.type):
+        return None
+    decision: GpuDecision = dispatch.gpu_autograd().decide(
+        call.x, weight, mask, bias, call.shape, "auto"
+    )
+    return decision
 
 
 def _decide(

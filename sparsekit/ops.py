@@ -63,8 +63,9 @@ def masked_conv3d(
     voxel_mask : Tensor, (d_out, h_out, w_out) or (n or 1, 1, d_out, h_out, w_out), bool, optional
         The output, bias included, is 0 where this is False, and no gradient flows from there.
     precision : {"auto", "ieee", "tf32", "tf32x3", "bf16x3"}
-        Least accuracy of float32 products. ``"auto"`` follows torch's flags; the reference
-        backend on a CPU always computes in the dtype of `x`.
+        Least accuracy of float32 products on a GPU. ``"auto"`` follows torch's flags, and lets
+        the dense convolution run where it is faster; on a CPU nothing computes with less than the
+        dtype of `x`.
     backend : {"auto", "reference", "cpu", "triton"}
         ``"auto"`` takes the best implementation for the device; on a CPU, the one that is
         predicted to be faster for this layer and density. `sparsekit.explain` says which and why.
@@ -111,7 +112,9 @@ def masked_conv3d(
         )
     if voxel_mask is not None:
         voxel_mask = check_voxel_mask(voxel_mask, call.x, call.out)
-    run = choosing.convolution(call, weight, mask, bias, backend, kind if call.x is x else None)
+    run = choosing.convolution(
+        call, weight, mask, bias, backend, kind if call.x is x else None, precision
+    )
     y: Tensor = choosing.call(
         run, call.x, weight, mask, bias, call.shape, voxel_mask=voxel_mask, precision=precision
     )

@@ -1,0 +1,96 @@
+"""Plans on GPUs, kept beside the mask that they are of, and the choice of tiles and path."""
+
+import weakref
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+
+from sparsekit.kernels.masked_conv3d import gpu_cost, gpu_plan
+from sparsekit.kernels.masked_conv3d.geometry import Shape
+from sparsekit.kernels.masked_conv3d.gpu_cost import Decision
+from sparsekit.kernels.masked_conv3d.gpu_plan import Plan
+from sparsekit.kernels.masked_conv3d.tiles import Kind, architecture_of, precision_of
+
+MOST_ELEMENTS = 2**31
+"""Elements of one sample that the kernels' offsets reach."""
+
+
+class GpuPlans:
+    """What was found out about one mask tensor in its present state."""
+
+    MOST = 8
+
+    def __init__(self, mask: Tensor) -> None:
+        self._mask = mask.detach().clone(memory_format=torch.contiguous_format)
+        self._listed: dict[int, gpu_cost.Listed] = {}
+        self._plans: dict[Hashable, Plan] = {}
+
+    @classmethod
+    def of(cls, mask: Tensor) -> "GpuPlans":
+        """Return what is known of a mask; nothing yet if it has changed.
+
+        The mask is compared with a copy, for which the host waits for the device: torch's count of
+        changes misses those through ``mask.data`` and the broadcasts of DistributedDataParallel.
+        While a CUDA graph is recorded nobody may wait, and the mask counts as unchanged.
+        """
+        entry = _known.get(id(mask))
+        if entry is not None and entry[0]() is mask:
+            recording = mask.is_cuda and torch.cuda.is_current_stream_capturing()
+            same = entry[1]._mask.shape == mask.shape and entry[1]._mask.device == mask.device
+            if same and (recording or torch.equal(entry[1]._mask, mask)):
+                return entry[1]
+        found, key = cls(mask), id(mask)
+        _known[key] = weakref.ref(mask, lambda dead: _drop(key, dead)), found
+        return found
+
+    def decide(self, shape: Shape, samples: int, kind: Kind, *, train: bool) -> Decision:
+        """Choose tiles and path."""
+        listed = self._listed.get(shape.groups)
+        if listed is None:
+            listed = self._listed[shape.groups] = gpu_cost.count_columns(self._mask, shape.groups)
+        return gpu_cost.decide(shape, samples, kind, listed, train=train)
+
+    def plan(self, shape: Shape, samples: int, kind: Kind, *, train: bool) -> Plan:
+        """Return the plan for the tiles that `decide` chooses."""
+        settings = self.decide(shape, samples, kind, train=train).settings
+        key = shape, settings
+        found = self._plans.get(key)
+        if found is None:
+            for old in list(self._plans)[: len(self._plans) + 1 - self.MOST]:
+                self._plans.pop(old, None)
+            found = self._plans[key] = gpu_plan.make(self._mask, shape, settings)
+        return found
+
+
+_known: dict[int, tuple[weakref.ref[Tensor], GpuPlans]] = {}
+
+
+def _drop(key: int, dead: weakref.ref[Tensor]) -> None:
+    entry = _known.get(key)
+    if entry is not None and entry[0] is dead:
+        del _known[key]
+
+
+def kind_of(x: Tensor, precision: str) -> Kind:
+    """What the kernels would compute with."""
+    return Kind(architecture_of(x.device), x.dtype, precision_of(precision, x.dtype, x.device))
+
+
+def why_too_large(shape: Shape) -> str:
+    """Say why the kernels' 32-bit offsets do not reach; empty if they do.
+
+    Counts the buffers with the widest padding that any tile asks for.
+    """
+    most_channels = max(shape.c_in, shape.c_out) + 127 * shape.groups
+    grid = 1
+    for axis in range(3):
+        reach = (shape.kernel[axis] - 1) * shape.dilation[axis] + 16 * shape.stride[axis]
+        longest = max(shape.size[axis] + 2 * shape.padding[axis], shape.out[axis])
+        grid *= longest + 2 * reach
+    if most_channels * grid < MOST_ELEMENTS:
+        return ""
+    return (
+        f"a sample needs a padded buffer of {most_channels * grid} elements, and the kernels' "
+        f"offsets reach {MOST_ELEMENTS}; cut the volume into blocks"
+    )

@@ -1,0 +1,175 @@
+"""Masked 3D convolution in Triton: one product over lists of columns, and its weight gradient.
+
+A column is one input channel at one tap. A program owns the voxels of a box and the channels of an
+output tile; the list of that tile holds, for each column that any of its channels keeps, where the
+column's number stands relative to a voxel's own place. `columns` makes the lists, `launches` the
+buffers: the input comes padded, so that no load in a loop needs a bound.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def pack_weights(
+    weight, mask, sources, packed,
+    rows, row_step, tiles_per_group, length,
+    BN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gather the kept weights of each output tile, in the order of its list; the rest becomes 0.
+
+    packed[tile, row, entry] = weight[row's first + sources[tile, entry]] where the mask keeps it.
+    """
+    blocks = tl.cdiv(length, BLOCK)
+    tile = tl.program_id(0) // blocks
+    k = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    within = k < length
+    source = tl.load(sources + tile.to(tl.int64) * length + k, mask=within, other=-1)
+    row = tile % tiles_per_group * BN + tl.arange(0, BN)
+    first = (tile // tiles_per_group * rows + row).to(tl.int64) * row_step
+    at = first[:, None] + source[None, :]
+    real = (row < rows)[:, None] & (source >= 0)[None, :]
+    kept = tl.load(mask + at, mask=real, other=0) != 0
+    value = tl.load(weight + at, mask=real & kept, other=0.0)
+    to = (tile.to(tl.int64) * BN + tl.arange(0, BN))[:, None] * length + k[None, :]
+    tl.store(packed + to, value, mask=within[None, :])
+
+
+@triton.jit
+def gather_product(
+    x, packed, offsets, steps, bias, live, y,
+    boxes_d, boxes_h, boxes_w, out_d, out_h, out_w,
+    x_n, x_d, x_h, x_w, y_n, y_c, y_d, y_h, y_w,
+    tiles, rows, tiles_per_group, length,
+    BOX_D: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, CONTIGUOUS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_LIVE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Multiply the columns of each output tile's list with its packed weights.
+
+    The forward pass over the input, and the input gradient over the output's gradient.
+    """
+    voxels: tl.constexpr = BOX_D * BOX_H * BOX_W
+    # Output tiles of the same voxels run next to each other: they read the same input.
+    tile = tl.program_id(0) % tiles
+    box = tl.program_id(0) // tiles
+    n = box // (boxes_d * boxes_h * boxes_w)
+    m = tl.arange(0, voxels)
+    d = box // (boxes_w * boxes_h) % boxes_d * BOX_D + m // (BOX_H * BOX_W)
+    h = box // boxes_w % boxes_h * BOX_H + m // BOX_W % BOX_H
+    w = box % boxes_w * BOX_W + m % BOX_W
+    base = d * x_d + h * x_h + w * x_w
+    if CONTIGUOUS > 1:
+        base = tl.multiple_of(base, CONTIGUOUS)
+    x_sample = x + n.to(tl.int64) * x_n
+    k = tl.arange(0, BK)
+    column = tl.arange(0, BN)
+    own_offsets = offsets + tile.to(tl.int64) * length
+    own_weights = packed + tile.to(tl.int64) * BN * length
+    count = tl.load(steps + tile)
+    if HAS_LIVE:
+        # A box without a voxel of the mask has nothing to add up; its zeros are stored below.
+        count = count * tl.load(live + box)
+    total = tl.zeros((voxels, BN), tl.float32)
+    for step in range(0, count):
+        at = tl.load(own_offsets + step * BK + k)
+        if CONTIGUOUS > 1:
+            at = tl.max_contiguous(tl.multiple_of(at, CONTIGUOUS), CONTIGUOUS)
+        a = tl.load(x_sample + (base[:, None] + at[None, :]))
+        b = tl.load(own_weights + (column[None, :] * length + (step * BK + k)[:, None]))
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    row = tile % tiles_per_group * BN + column
+    channel = tile // tiles_per_group * rows + row
+    if HAS_BIAS:
+        total += tl.load(bias + channel, mask=row < rows, other=0.0).to(tl.float32)[None, :]
+    inside = ((d < out_d) & (h < out_h) & (w < out_w))[:, None] & (row < rows)[None, :]
+    to = (d * y_d + h * y_h + w * y_w)[:, None] + (channel * y_c)[None, :]
+    tl.store(y + n.to(tl.int64) * y_n + to, total.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def weight_gradient(
+    x, gradient, offsets, steps, boxes, box_count, partial,
+    boxes_d, boxes_h, boxes_w, out_d, out_h, out_w,
+    x_n, x_d, x_h, x_w, g_n, g_c, g_d, g_h, g_w,
+    tiles, most_steps, tiles_per_group, group_step, length, boxes_per_split,
+    BOX_D: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, CONTIGUOUS: tl.constexpr, G_CONTIGUOUS: tl.constexpr,
+    HAS_BOXES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sums over the voxels of one split, for one step of one output tile's list.
+
+    partial[split, tile, entry, channel]. Nothing is added across splits here, so that the order of
+    all sums is fixed.
+    """
+    voxels: tl.constexpr = BOX_D * BOX_H * BOX_W
+    step = tl.program_id(0) % most_steps
+    tile = tl.program_id(0) // most_steps % tiles
+    split = tl.program_id(0) // (most_steps * tiles)
+    if step < tl.load(steps + tile):
+        k = tl.arange(0, BK)
+        at = tl.load(offsets + tile.to(tl.int64) * length + step * BK + k)
+        if CONTIGUOUS > 1:
+            at = tl.max_contiguous(tl.multiple_of(at, CONTIGUOUS), CONTIGUOUS)
+        m = tl.arange(0, voxels)
+        md = m // (BOX_H * BOX_W)
+        mh = m // BOX_W % BOX_H
+        mw = m % BOX_W
+        x_own = md * x_d + mh * x_h + mw * x_w
+        g_own = md * g_d + mh * g_h + mw * g_w
+        if CONTIGUOUS > 1:
+            x_own = tl.multiple_of(x_own, CONTIGUOUS)
+        if G_CONTIGUOUS > 1:
+            g_own = tl.multiple_of(g_own, G_CONTIGUOUS)
+        column = tl.arange(0, BN)
+        first = tile // tiles_per_group * group_step + tile % tiles_per_group * BN
+        g_at = (first + column) * g_c
+        if G_CONTIGUOUS > 1:
+            g_at = tl.max_contiguous(tl.multiple_of(g_at, G_CONTIGUOUS), G_CONTIGUOUS)
+        end = tl.minimum((split + 1) * boxes_per_split, tl.load(box_count))
+        total = tl.zeros((BK, BN), tl.float32)
+        for i in range(split * boxes_per_split, end):
+            box = i
+            if HAS_BOXES:
+                box = tl.load(boxes + i)
+            n = box // (boxes_d * boxes_h * boxes_w)
+            d = box // (boxes_w * boxes_h) % boxes_d * BOX_D
+            h = box // boxes_w % boxes_h * BOX_H
+            w = box % boxes_w * BOX_W
+            # Beyond the output stand numbers of the input that are no part of these sums.
+            inside = (d + md < out_d) & (h + mh < out_h) & (w + mw < out_w)
+            x_box = x + (n.to(tl.int64) * x_n + (d * x_d + h * x_h + w * x_w))
+            g_box = gradient + (n.to(tl.int64) * g_n + (d * g_d + h * g_h + w * g_w))
+            # Loaded as it is multiplied: a transposed tile would not take the asynchronous path.
+            a = tl.load(x_box + (at[:, None] + x_own[None, :]), mask=inside[None, :], other=0.0)
+            b = tl.load(g_box + (g_own[:, None] + g_at[None, :]), mask=inside[:, None], other=0.0)
+            total = tl.dot(a, b, total, input_precision=PRECISION)
+        entry = (split.to(tl.int64) * tiles + tile) * length + step * BK + k
+        tl.store(partial + (entry[:, None] * BN + column[None, :]), total)
+
+
+@triton.jit
+def sum_splits(
+    partial, mask, sources, steps, out,
+    splits, tiles, rows, row_step, tiles_per_group, length,
+    BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Add up the splits in order and put the sums at the kept weights; elsewhere `out` stays."""
+    blocks = length // BK
+    tile = tl.program_id(0) // blocks
+    step = tl.program_id(0) % blocks
+    if step < tl.load(steps + tile):
+        k = step * BK + tl.arange(0, BK)
+        column = tl.arange(0, BN)
+        own = partial + (tile.to(tl.int64) * length + k)[:, None] * BN + column[None, :]
+        total = tl.zeros((BK, BN), tl.float32)
+        for _ in range(0, splits):
+            total += tl.load(own)
+            own += tiles * length * BN
+        source = tl.load(sources + tile.to(tl.int64) * length + k)
+        row = tile % tiles_per_group * BN + column
+        first = (tile // tiles_per_group * rows + row).to(tl.int64) * row_step
+        at = first[None, :] + source[:, None]
+        real = (row < rows)[None, :] & (source >= 0)[:, None]
+        kept = tl.load(mask + at, mask=real, other=0) != 0
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=real & kept)
