@@ -53,7 +53,7 @@ def build(
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
     assert {name for name in names if name not in types} == constexprs.keys()
-    aligned = {
+    aligned: dict[tuple[int, ...], list[list[Any]]] = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
         if signature[name].startswith("*") or name in multiples

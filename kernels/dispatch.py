@@ -77,6 +77,8 @@ _topk_mask_cpu = at_first_use("topk_mask.cpu")
 _norm_pool_relu_autograd = at_first_use("norm_pool_relu.autograd")
 _zero_pruned_cpu = at_first_use("zero_pruned.cpu")
 _bitmap_cpu = at_first_use("bitmap.cpu")
+_topk_mask_triton = at_first_use("topk_mask.triton", "triton")
+_bitmap_triton_module = at_first_use("bitmap.triton", "triton")
 selector = at_first_use("masked_conv3d.selector")
 """The cost model, which knows the kernels."""
 gpu_autograd = at_first_use("masked_conv3d.gpu_autograd", "triton")
@@ -220,8 +222,30 @@ TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {
 }
 
 
+def _load_topk_triton() -> Callable[..., Any]:
+    loaded: Callable[..., Any] = _topk_mask_triton().topk_mask
+    return loaded
+
+
+def _bitmap_triton(function: str) -> Implementation:
+    """One of the functions on masks as bits, which takes tensors."""
+
+    def load() -> Callable[..., Any]:
+        loaded: Callable[..., Any] = getattr(_bitmap_triton_module(), function)
+        return loaded
+
+    return Implementation("triton", load, follows_mask=False)
+
+
 # Ops that have Triton kernels: first choice on a GPU; on a CPU, in the interpreter, only by name.
 TRITON: dict[str, Implementation] = {
+    "topk_mask": Implementation("triton", _load_topk_triton, follows_mask=False),
+    "bitmap_pack": _bitmap_triton("pack"),
+    "bitmap_nonzero": _bitmap_triton("nonzero"),
+    "bitmap_unpack": _bitmap_triton("unpack"),
+    "bitmap_count": _bitmap_triton("count"),
+    "bitmap_compact": _bitmap_triton("compact"),
+    "bitmap_expand": _bitmap_triton("expand"),
     "masked_conv3d": Implementation("triton", _load_conv_triton, follows_mask=True),
     "conv_norm_pool_relu": Implementation(
         "triton", _load_conv_norm_pool_relu_triton, follows_mask=True

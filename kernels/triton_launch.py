@@ -1,6 +1,6 @@
-"""What every launch of a Triton kernel needs: the device of its tensors, and blocks to cover them."""
+"""How Triton kernels are launched: on the device of their tensors, which they see as integers."""
 
-from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +11,24 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By bytes of an element: what kernels see instead of floats, so that bits stay as they are."""
 
 
-def on_device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Make the GPU of a tensor the current one: Triton launches there, wherever the tensors are."""
-    return torch.cuda.device(x.device) if x.device.type == GPU else nullcontext()
+def launch(
+    kernel: Any,
+    programs: int,
+    x: Tensor,
+    *arguments: Tensor | int,
+    warps: int = 4,
+    **constants: int,
+) -> None:
+    """Run programs of a one-dimensional grid; `x` is the kernel's first argument.
+
+    Triton launches on the current GPU, wherever the tensors are: that of `x` becomes it meanwhile.
+    """
+    run = kernel[(programs,)]
+    if x.device.type != GPU:
+        run(x, *arguments, **constants, num_warps=warps)
+        return
+    with torch.cuda.device(x.device):
+        run(x, *arguments, **constants, num_warps=warps)
 
 
 def flat_bits(x: Tensor) -> Tensor:

@@ -305,19 +305,34 @@ def topk_mask(
     alive = sum(t.numel() for t in values)
     if within is not None:
         allowed = _check_within(within, tensors, names, values)
-        alive = sum(int(m.count_nonzero()) for m in allowed)
+        alive = _count(allowed)
     if isinstance(keep, bool) or not isinstance(keep, int):
         raise ArgumentTypeError(f"keep: expected an int, got {keep!r}")
     if not 0 <= keep <= alive:
         raise ArgumentError(f"keep: expected 0 to {alive} (the entries to choose from), got {keep}")
 
     device_type = values[0].device.type if values else "cpu"
-    choice = dispatch.resolve("topk_mask", device_type, backend)
+    # The CPU's kernels copy what they need; those of a GPU read the tensors where they are.
+    scattered = (device_type != "cpu" or backend == "triton") and len(
+        {t.device for t in values}
+    ) > 1
+    choice = dispatch.resolve(
+        "topk_mask", device_type, backend,
+        reference_only="the tensors are on several devices" if scattered else "",
+    )  # fmt: skip
     masks: list[Tensor] = choice.implementation.load()(values, names, keep, allowed)
     dispatch.record(choice, device_type, f"{len(values)} tensors")
     if isinstance(tensors, Mapping):
         return dict(zip(tensors, masks, strict=True))
     return tuple(masks) if isinstance(tensors, tuple) else masks
+
+
+def _count(masks: list[Tensor]) -> int:
+    """Entries that are True, waiting for each device once."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for mask in masks:
+        by_device.setdefault(mask.device, []).append(mask.count_nonzero())
+    return sum(int(torch.stack(counts).sum()) for counts in by_device.values())
 
 
 def _named(argument: str, tensors: Any) -> tuple[list[str], list[Tensor]]:
