@@ -262,12 +262,14 @@ def test_pruned_values_take_part_in_nothing(device: str, tolerances: Table) -> N
     agree({k: v.cpu().double() for k, v in got.items()}, right, torch.float32, tolerances)
 
 
+# NumPy under the interpreter warns of infinities times 0.
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
 def test_infinities_outside_the_output_reach_no_weight(device: str) -> None:
-    # With a stride the last voxels of the input belong to no output, but to the boxes' padding.
-    case = Case(c_in=1, c_out=1, size=(6, 6, 6), kernel=(2, 2, 2), stride=(3, 3, 3))
-    mask = mask_of((1, 1, 2, 2, 2), "all")
+    # A box's first voxel beyond the output would read the last one of the input by the first tap.
+    case = Case(c_in=1, c_out=1, size=(1, 1, 6), kernel=(1, 1, 2))
+    mask = mask_of((1, 1, 1, 1, 2), "all")
     x, weight, bias, g = drawn(case, torch.float32)
-    x[..., 2::3] = float("inf")
+    x[..., -1] = float("inf")
     right = exact(case, x, weight, mask, bias, g)
     plan = gpu_plan.make(mask.to(device), case.shape, small(1, 1))
     source = launches.pack_source(x.float().to(device), plan)
@@ -276,4 +278,6 @@ def test_infinities_outside_the_output_reach_no_weight(device: str) -> None:
         precision="ieee", need_x=False, need_weight=True,
     )  # fmt: skip
     assert found.weight is not None
-    torch.testing.assert_close(found.weight.cpu().double(), right["weight"], rtol=1e-5, atol=1e-5)
+    finite = torch.isfinite(right["weight"])
+    assert finite.view(-1).tolist() == [True, False]
+    torch.testing.assert_close(found.weight.cpu()[finite].double(), right["weight"][finite])
