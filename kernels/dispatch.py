@@ -222,11 +222,6 @@ TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {
 }
 
 
-def _load_topk_triton() -> Callable[..., Any]:
-    loaded: Callable[..., Any] = _topk_mask_triton().topk_mask
-    return loaded
-
-
 def _bitmap_triton(function: str) -> Implementation:
     """One of the functions on masks as bits, which takes tensors."""
 
@@ -239,13 +234,13 @@ def _bitmap_triton(function: str) -> Implementation:
 
 # Ops that have Triton kernels: first choice on a GPU; on a CPU, in the interpreter, only by name.
 TRITON: dict[str, Implementation] = {
-    "topk_mask": Implementation("triton", _load_topk_triton, follows_mask=False),
-    "bitmap_pack": _bitmap_triton("pack"),
-    "bitmap_nonzero": _bitmap_triton("nonzero"),
-    "bitmap_unpack": _bitmap_triton("unpack"),
-    "bitmap_count": _bitmap_triton("count"),
-    "bitmap_compact": _bitmap_triton("compact"),
-    "bitmap_expand": _bitmap_triton("expand"),
+    "topk_mask": Implementation(
+        "triton", lambda: _topk_mask_triton().topk_mask, follows_mask=False
+    ),
+    **{
+        f"bitmap_{function}": _bitmap_triton(function)
+        for function in ("pack", "nonzero", "unpack", "count", "compact", "expand")
+    },
     "masked_conv3d": Implementation("triton", _load_conv_triton, follows_mask=True),
     "conv_norm_pool_relu": Implementation(
         "triton", _load_conv_norm_pool_relu_triton, follows_mask=True
