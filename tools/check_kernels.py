@@ -1,13 +1,14 @@
 """All that can be shown of the Triton kernels without a GPU: values, bounds, races, machine code.
 
-1. tests/triton in Triton's interpreter, and in ttsem, which executes what Triton compiles to and stops
-   at accesses out of bounds, races and reads of unwritten memory. Every test has to pass in one of
-   the two at least, and no launch may be too large for ttsem to look for races.
+1. tests/triton in Triton's interpreter, and in ttsem, which executes what Triton compiles to and
+   stops at accesses out of bounds, races and reads of unwritten memory. Every test has to pass in
+   one of the two at least, and no launch may be too large for ttsem to look for races.
 2. Mutants: every listed mistake is noticed by the check that is named for it.
 3. Machine code: kernels compiled for GPUs of NVIDIA and AMD spill nothing, use matrix units and
    16-byte asynchronous copies where claimed, and stay within tools/kernel_budget.json.
 
-`--whole` compiles all tile sizes and writes docs/results/kernels.json; `--budget` writes the budget.
+`--whole` compiles all tile sizes and writes docs/results/kernels.json; `--budget` writes the
+budget.
 """
 
 import argparse
@@ -21,10 +22,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import triton
-
 import kernel_builds
 import kernel_mutants
+import triton
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = ROOT / "tools" / "kernel_budget.json"
@@ -78,7 +78,9 @@ def _outcomes(report: Path) -> dict[str, str]:
     found = {}
     for case in ET.parse(report).getroot().iter("testcase"):
         kinds = {child.tag for child in case}
-        outcome = "skipped" if "skipped" in kinds else "failed" if kinds & {"failure", "error"} else ""
+        outcome = (
+            "skipped" if "skipped" in kinds else "failed" if kinds & {"failure", "error"} else ""
+        )
         found[f"{case.get('classname')}::{case.get('name')}"] = outcome or "passed"
     return found
 
@@ -112,7 +114,10 @@ def machine_code(*, whole: bool, budget: dict[str, Any] | None) -> tuple[list[An
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    """Do what the command line says; 1 if anything is wrong."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--whole", action="store_true", help="all tile sizes; write the results")
     parser.add_argument("--budget", action="store_true", help="only compile, and write the budget")
     parser.add_argument("--code", type=Path, help="only compile, all sizes; figures to this file")

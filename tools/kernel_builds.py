@@ -46,6 +46,7 @@ class Figures:
 
 
 def read(build: Build, target: str) -> Figures:
+    """Compile for one kind of GPU and read the machine code."""
     source = ASTSource(build.kernel, build.signature, _at(build), build.attrs)
     options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
     compiled = triton.compile(source, target=TARGETS[target], options=options)

@@ -79,7 +79,7 @@ def try_one(mutant: Mutant, tree: Path) -> Outcome:
     finally:
         path.write_text(original)
     # 1: tests ran and some failed. Anything else is no verdict on the mutant, but for a crash.
-    caught = done.returncode == 1 and "1 failed" in done.stdout or done.returncode < 0
+    caught = (done.returncode == 1 and "1 failed" in done.stdout) or done.returncode < 0
     if not caught and done.returncode not in (0, 1):
         raise RuntimeError(f"{mutant.name}: {' '.join(line)} ended with {done.returncode}:\n"
                            f"{done.stdout[-2000:]}{done.stderr[-2000:]}")  # fmt: skip
@@ -114,7 +114,9 @@ def run() -> list[Outcome]:
             line, environment = command(runs, *checks, "-q", "-p", "no:cacheprovider")
             done = subprocess.run(line, cwd=tree, env=environment, capture_output=True, text=True)
             if done.returncode or f"{len(checks)} passed" not in done.stdout:
-                raise RuntimeError(f"a check fails without a mistake:\n{done.stdout[-3000:]}{done.stderr[-500:]}")
+                raise RuntimeError(
+                    f"a check fails without a mistake:\n{done.stdout[-3000:]}{done.stderr[-500:]}"
+                )
         for mutant in everything:
             outcome = try_one(mutant, tree)
             outcomes.append(outcome)

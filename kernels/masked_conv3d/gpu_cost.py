@@ -1,8 +1,8 @@
 """What a masked convolution costs on a GPU, as a model: none of its numbers was timed.
 
 A launch takes as long as its products at the rate that its tile reaches, or as its bytes at the
-memory's rate, whichever is longer. Peak rates are the makers' figures for dense products; what share
-of them a tile reaches is the roofline of docs/results/kernels.md.
+memory's rate, whichever is longer. Peak rates are the makers' figures for dense products; what
+share of them a tile reaches is what its loads from shared memory leave (README.md).
 """
 
 import itertools

@@ -63,12 +63,12 @@ def precision_of(precision: str, dtype: torch.dtype, device: torch.device) -> Pr
         return "ieee"
     amd = torch.version.hip is not None
     if precision == "auto":
-        tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32 and not amd
-        return "tf32" if tf32 else "ieee"
+        # Not `allow_tf32`, which raises where this newer setting was used.
+        wanted = torch.backends.cudnn.conv.fp32_precision == "tf32"
+        return "tf32" if device.type == "cuda" and wanted and not amd else "ieee"
     if amd and precision not in _AMD_MODES:
         raise BackendError(
-            f"precision: Triton has no {precision!r} on AMD GPUs; "
-            "use 'bf16x3', 'ieee' or 'auto'"
+            f"precision: Triton has no {precision!r} on AMD GPUs; use 'bf16x3', 'ieee' or 'auto'"
         )
     named: dict[str, Precision] = {
         "ieee": "ieee", "tf32": "tf32", "tf32x3": "tf32x3", "bf16x3": "bf16x3",
@@ -77,7 +77,9 @@ def precision_of(precision: str, dtype: torch.dtype, device: torch.device) -> Pr
 
 
 @lru_cache(maxsize=256)
-def settings(kind: Kind, rows: int, width: int, gradient_rows: int, gradient_width: int) -> Settings:
+def settings(
+    kind: Kind, rows: int, width: int, gradient_rows: int, gradient_width: int
+) -> Settings:
     """Tiles of the three passes.
 
     Parameters
@@ -105,9 +107,9 @@ def _stages(kind: Kind) -> int:
 def _product(kind: Kind, rows: int, width: int) -> Tile:
     half = kind.dtype != torch.float32
     exact = kind.precision == "ieee" and not half
-    voxels = 64 if kind.split and rows > 32 or exact and rows in (16, 128) else 128
+    voxels = 64 if (kind.split and rows > 32) or (exact and rows in (16, 128)) else 128
     entries = 64 if half and width > 1 else 32
-    if kind.split and rows > 64 or exact:
+    if (kind.split and rows > 64) or exact:
         entries = 16
     return Tile(rows, entries, voxels, 8 if rows > 64 else 4, _stages(kind))
 

@@ -71,7 +71,7 @@ def gather_product(
         # A box without a voxel of the mask has nothing to add up; its zeros are stored below.
         count = count * tl.load(live + box)
     total = tl.zeros((voxels, BN), tl.float32)
-    for step in range(0, count):
+    for step in range(count):
         at = tl.load(own_offsets + step * BK + k)
         if CONTIGUOUS > 1:
             at = tl.max_contiguous(tl.multiple_of(at, CONTIGUOUS), CONTIGUOUS)
@@ -163,7 +163,7 @@ def sum_splits(
         column = tl.arange(0, BN)
         own = partial + (tile.to(tl.int64) * length + k)[:, None] * BN + column[None, :]
         total = tl.zeros((BK, BN), tl.float32)
-        for _ in range(0, splits):
+        for _ in range(splits):
             total += tl.load(own)
             own += tiles * length * BN
         source = tl.load(sources + tile.to(tl.int64) * length + k)

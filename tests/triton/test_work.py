@@ -77,8 +77,9 @@ def test_counts_equal_those_of_the_interpreter(
     plan = run(shape, Settings(TILE, TILE, TILE, width, width), mask, 2)
     forward, *backward = launched["gather_product"]
     expected = [gpu_work.product(plan.forward, TILE, 2, 20, torch.float32, bias=True)]
-    for launch in plan.backward:
-        expected.append(gpu_work.product(launch, TILE, 2, 18, torch.float32, bias=False))
+    expected += [
+        gpu_work.product(launch, TILE, 2, 18, torch.float32, bias=False) for launch in plan.backward
+    ]
     for counts, work in zip([forward, *backward], expected, strict=True):
         assert (counts.loaded, counts.products) == (work.loaded, work.products)
     assert sum(c.stored for c in backward) == sum(w.stored for w in expected[1:])
