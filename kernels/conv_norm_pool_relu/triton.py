@@ -17,7 +17,5 @@ def conv_norm_pool_relu(
     eps: float,
 ) -> Tensor:
     """Run one after the other; arguments are those that `sparsekit.ops` checked."""
-    y = gpu_autograd.masked_conv3d(
-        x, weight, mask, bias, shape, voxel_mask=None, precision="auto"
-    )
+    y = gpu_autograd.masked_conv3d(x, weight, mask, bias, shape, voxel_mask=None, precision="auto")
     return norm_pool_relu.norm_pool_relu(y, eps=eps)

@@ -109,9 +109,7 @@ def _sums(kind: Kind, tile: Tile, width: int) -> Build:
 
 def _has_tensor_cores(kind: Kind) -> bool:
     """Whether the products have to run on matrix units; NVIDIA's have no mode for all bits."""
-    return (
-        kind.precision != "ieee" or kind.dtype != torch.float32 or kind.architecture == "gfx942"
-    )
+    return kind.precision != "ieee" or kind.dtype != torch.float32 or kind.architecture == "gfx942"
 
 
 def _pack(kind: Kind, rows: int) -> Build:

@@ -203,9 +203,7 @@ def _(
         )
     ]
     sizes = (x.shape[0], weight.shape[0], *out)
-    return torch.empty(
-        sizes, dtype=x.dtype, device=x.device, memory_format=_memory_format(x)
-    )
+    return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
 
 
 @torch.library.custom_op("sparsekit::triton_masked_conv3d_backward", mutates_args=())

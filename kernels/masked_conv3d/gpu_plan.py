@@ -155,9 +155,7 @@ Reached = tuple[list[int | None], list[int | None], list[int | None]]
 def _classes(shape: Shape, voxels: int) -> list[tuple[Boxes, Size3, Reached]]:
     """Input voxels by the remainder that they leave: their boxes, the first one, what it reads."""
     per_axis: list[list[tuple[int, int, list[int | None]]]] = []
-    axes = zip(
-        shape.size, shape.kernel, shape.stride, shape.padding, shape.dilation, strict=True
-    )
+    axes = zip(shape.size, shape.kernel, shape.stride, shape.padding, shape.dilation, strict=True)
     for size, kernel, stride, padding, dilation in axes:
         found = []
         for first in range(min(stride, size)):

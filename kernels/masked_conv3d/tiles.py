@@ -67,8 +67,7 @@ def precision_of(precision: str, dtype: torch.dtype, device: torch.device) -> Pr
         return "tf32" if tf32 else "ieee"
     if amd and precision not in _AMD_MODES:
         raise BackendError(
-            f"precision: Triton has no {precision!r} on AMD GPUs; "
-            "use 'bf16x3', 'ieee' or 'auto'"
+            f"precision: Triton has no {precision!r} on AMD GPUs; use 'bf16x3', 'ieee' or 'auto'"
         )
     named: dict[str, Precision] = {
         "ieee": "ieee", "tf32": "tf32", "tf32x3": "tf32x3", "bf16x3": "bf16x3",
@@ -77,7 +76,9 @@ def precision_of(precision: str, dtype: torch.dtype, device: torch.device) -> Pr
 
 
 @lru_cache(maxsize=256)
-def settings(kind: Kind, rows: int, width: int, gradient_rows: int, gradient_width: int) -> Settings:
+def settings(
+    kind: Kind, rows: int, width: int, gradient_rows: int, gradient_width: int
+) -> Settings:
     """Tiles of the three passes.
 
     Parameters
