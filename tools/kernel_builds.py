@@ -1,11 +1,10 @@
 """Compile Triton kernels for GPUs that need not be here, and read what came out."""
 
+import json
 import re
 import subprocess
-import sys
 import tempfile
-from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from sparsekit.kernels.bitmap import builds as bitmap
 from sparsekit.kernels.builds import Build
+from sparsekit.kernels.masked_conv3d import builds as masked_conv3d
+from sparsekit.kernels.topk_mask import builds as topk_mask
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -36,9 +38,11 @@ class Figures:
     shared: int
     """Bytes of shared memory."""
     tensor: int
-    """Instructions of matrix units."""
+    """Instructions of matrix units in the main loop; on AMD, anywhere."""
     copies: int
-    """Asynchronous copies of 16 bytes; on AMD, loads of 16 bytes."""
+    """Asynchronous copies of 16 bytes in the main loop; on AMD, loads of 16 bytes anywhere."""
+    narrow: int
+    """Asynchronous copies in the main loop of fewer bytes, such as those of the lists."""
 
 
 def read(build: Build, target: str) -> Figures:
@@ -66,11 +70,30 @@ def _read_nvidia(name: str, target: str, shared: int, cubin: bytes) -> Figures:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"{name}: no REG and STACK in what cuobjdump says:\n{usage}")
-    ops = Counter(re.findall(r"\b(HG?MMA|UTC[A-Z]*MMA|LDGSTS[\w.]*\.128|LDL|STL)\b", sass))
-    local = ops["LDL"] + ops["STL"]
-    copies = sum(n for op, n in ops.items() if op.startswith("LDGSTS"))
-    tensor = sum(n for op, n in ops.items() if op.endswith("MMA"))
-    return Figures(name, target, int(found[1]), max(int(found[2]), local), shared, tensor, copies)
+    local = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    loop = _main_loop(sass)
+    tensor = len(re.findall(_MMA, loop))
+    copies = len(re.findall(r"\bLDGSTS[\w.]*\.128\b", loop))
+    narrow = len(re.findall(r"\bLDGSTS\b", loop)) - copies
+    return Figures(
+        name, target, int(found[1]), max(int(found[2]), local), shared, tensor, copies, narrow
+    )  # fmt: skip
+
+
+_MMA = r"\b(?:HG?MMA|UTC[A-Z]*MMA)\b"
+
+
+def _main_loop(sass: str) -> str:
+    """Lines between a label and the branch back to it, where most matrix instructions stand."""
+    lines = sass.splitlines()
+    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", line))}
+    loops = []
+    for i, line in enumerate(lines):
+        branch = re.search(r"\bBRA\b.*(\.L_x_\d+)", line)
+        if branch and labels.get(branch[1], i) < i:
+            loops.append("\n".join(lines[labels[branch[1]] : i + 1]))
+    # Of loops within loops, the innermost that has them all.
+    return max(loops, key=lambda text: (len(re.findall(_MMA, text)), -len(text)), default="")
 
 
 def _read_amd(name: str, target: str, shared: int, code: str) -> Figures:
@@ -83,7 +106,7 @@ def _read_amd(name: str, target: str, shared: int, code: str) -> Figures:
     spilled = last("vgpr_spill_count") + last("sgpr_spill_count")
     return Figures(
         name, target, last("vgpr_count"), spilled + last("private_segment_fixed_size"), shared,
-        len(re.findall(r"\bv_mfma_", code)), len(re.findall(r"_load_dwordx4\b", code)),
+        len(re.findall(r"\bv_mfma_", code)), len(re.findall(r"_load_dwordx4\b", code)), 0,
     )  # fmt: skip
 
 
@@ -92,3 +115,27 @@ def _run(tool: str, *arguments: str) -> str:
         [str(_NVIDIA / tool), *arguments], capture_output=True, text=True, check=True
     )
     return done.stdout
+
+
+def builds(target: str, *, whole: bool) -> list[Build]:
+    """All that is compiled for one kind of GPU; one of each kernel unless `whole`."""
+    convolution = masked_conv3d.builds(target, whole=whole)
+    others = [*topk_mask.builds(), *bitmap.builds()]
+    if not whole:
+        others = list({build.kernel.__name__: build for build in others}.values())
+    return [*convolution, *others]
+
+
+def write_budget(rows: list[Figures], path: Path) -> None:
+    """Keep what the kernels take today, registers rounded up to the 8 that hardware deals out."""
+    budget: dict[str, dict[str, list[int]]] = {}
+    for row in rows:
+        own = [-(-row.registers // 8) * 8, row.shared]
+        budget.setdefault(row.target, {})[row.name] = own
+    text = ",\n".join(
+        f'"{target}": {{\n'
+        + ",\n".join(f"{json.dumps(name)}: {own}" for name, own in sorted(of.items()))
+        + "\n}"
+        for target, of in budget.items()
+    )
+    path.write_text("{\n" + text + "\n}\n")
