@@ -194,9 +194,7 @@ def test_half_types_add_up_in_float32(
 
 
 @pytest.mark.parametrize("precision", ["tf32", "tf32x3", "bf16x3"])
-def test_precision_modes(
-    precision: str, device: str, sanitized: bool, tolerances: Table
-) -> None:
+def test_precision_modes(precision: str, device: str, sanitized: bool, tolerances: Table) -> None:
     if device == "cpu" and not sanitized:
         pytest.skip("Triton's interpreter computes every mode in float32; ttsem runs this case")
     case = Case(c_in=18, c_out=17, padding=ONES, size=(3, 3, 4))
