@@ -104,6 +104,6 @@ MUTANTS = [
         "pruned entries take the next kept value", _BITS,
         "items = tl.load(kept + done + places, mask=flags != 0, other=0)",
         "items = tl.load(kept + done + tl.maximum(places, 0))",
-        "interpreter", _TEST_BITS + "test_values_move_as_bits[dtype3-129]",
+        "ttsem", _TEST_BITS + "test_values_move_as_bits[dtype3-129]",
     ),
 ]  # fmt: skip
