@@ -287,19 +287,7 @@ def topk_mask(
     [tensor([False,  True, False]), tensor([[False,  True]])]
     """
     names, values = _named("tensors", tensors)
-    for name, tensor in zip(names, values, strict=True):
-        if tensor.dtype not in _KEY_DTYPES or tensor.layout != torch.strided:
-            raise ArgumentTypeError(
-                f"tensors: expected dense float32, float16 or bfloat16, but {name} is "
-                f"{tensor.dtype} ({tensor.layout}); convert it with .float() or .to_dense()"
-            )
-        if tensor.is_meta:
-            raise ArgumentTypeError(f"tensors: {name} is a meta tensor and has no values")
-        if not dispatch.holds_values(tensor.resolve_neg()):
-            raise ArgumentTypeError(
-                f"tensors: {name} has no values that can be read now; call this outside of "
-                "torch.compile, torch.func, tracing and fake modes, with plain tensors"
-            )
+    check_magnitudes(names, values)
     values = [tensor.resolve_neg() for tensor in values]
     allowed: list[Tensor] | None = None
     alive = sum(t.numel() for t in values)
@@ -325,6 +313,29 @@ def topk_mask(
     if isinstance(tensors, Mapping):
         return dict(zip(tensors, masks, strict=True))
     return tuple(masks) if isinstance(tensors, tuple) else masks
+
+
+def check_magnitudes(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+    """Raise unless each tensor has magnitudes that all backends order alike, and they can be read.
+
+    Raises
+    ------
+    ArgumentTypeError
+        As for `topk_mask`.
+    """
+    for name, tensor in zip(names, tensors, strict=True):
+        if tensor.dtype not in _KEY_DTYPES or tensor.layout != torch.strided:
+            raise ArgumentTypeError(
+                f"tensors: expected dense float32, float16 or bfloat16, but {name} is "
+                f"{tensor.dtype} ({tensor.layout}); convert it with .float() or .to_dense()"
+            )
+        if tensor.is_meta:
+            raise ArgumentTypeError(f"tensors: {name} is a meta tensor and has no values")
+        if not dispatch.holds_values(tensor.resolve_neg()):
+            raise ArgumentTypeError(
+                f"tensors: {name} has no values that can be read now; call this outside of "
+                "torch.compile, torch.func, tracing and fake modes, with plain tensors"
+            )
 
 
 def _count(masks: list[Tensor]) -> int:

@@ -294,9 +294,10 @@ BAD_CALLS: list[tuple[Callable[[], object], type[Exception], str]] = [
         "scope: 'flops' is not in this release; choose one of 'global', 'layer', 'erk'",
     ),
     (
-        lambda: prune.magnitude_masks(random_tensors(), 0.5, granularity="2:4"),
+        lambda: prune.magnitude_masks(random_tensors(), 0.5, granularity="row"),
         ArgumentError,
-        "granularity: '2:4' is not in this release; choose 'weight'",
+        "granularity: expected one of 'weight', 'vector:V', 'block:VxW', 'filter', '2:4' with "
+        "whole numbers V and W from 1, got 'row'",
     ),
     (
         lambda: prune.magnitude_masks(random_tensors(), 0.5, min_per_filter=-1),

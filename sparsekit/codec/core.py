@@ -12,7 +12,7 @@ import xxhash
 from sparsekit.codec import delta, related, sections
 from sparsekit.codec.elements import Elements, canonical, unsigned
 from sparsekit.codec.flags import Flags
-from sparsekit.codec.positions import CHUNK, Bools
+from sparsekit.codec.positions import CHUNK
 from sparsekit.codec.records import (
     MaskCode,
     Record,
@@ -21,6 +21,7 @@ from sparsekit.codec.records import (
     parameter_bytes,
     value_bytes,
 )
+from sparsekit.codec.sources import Source
 from sparsekit.codec.wire import (
     MAX_EXTENT,
     MAX_HEADER_BYTES,
@@ -90,7 +91,7 @@ class Encoder:
         self._values: Values = values
         self._records: list[Record] = []
 
-    def add(self, name: str, elements: Elements, given: Bools | None) -> list[bytes | memoryview]:
+    def add(self, name: str, source: Source, given: Flags | None) -> list[bytes | memoryview]:
         """Encode the next tensor under its mask, if it has one; return its padded sections.
 
         Raises
@@ -99,10 +100,10 @@ class Encoder:
             For a non-zero element outside its mask, a mask encoding that cannot hold a mask, and a
             tensor too large for the format.
         """
-        forced = given is not None if self._masked else len(elements.shape) >= 2
+        forced = given is not None if self._masked else len(source.shape) >= 2
         encoding: MaskEncoding = self._mask_encoding if forced else "auto"
         record, *sections = _encode_one(
-            name, elements, given, None if self._base is None else self._base.get(name),
+            name, source, given, None if self._base is None else self._base.get(name),
             encoding, self._level, self._values,
         )  # fmt: skip
         self._records.append(record)
@@ -134,37 +135,36 @@ class Encoder:
 
 def _encode_one(
     name: str,
-    elements: Elements,
-    given: Bools | None,
+    source: Source,
+    given: Flags | None,
     base: Elements | None,
     encoding: MaskEncoding,
     level: Level,
     values: Values,
 ) -> tuple[Record, memoryview, memoryview]:
-    dtype, shape, bits = elements.dtype, elements.shape, elements.bits
+    dtype, shape, n = source.dtype, source.shape, source.n
     if any(extent > MAX_EXTENT for extent in shape):
         raise ArgumentError(f"state: {quote(name)} has an extent above {MAX_EXTENT}")
     if base is not None and base.shape != shape:
         base = None
-    keep = Flags.of_nonzero(bits, dtype)
+    keep = source.nonzero()
     if given is not None:
-        mask_flags = Flags(bits.size, bools=given)
-        outside = keep.outside(mask_flags)
+        outside = keep.outside(given)
         if outside:
             raise ArgumentError(
                 f"masks: {quote(name)} has {outside} non-zero values outside its mask; "
                 "multiply the tensor by the mask first, or pass the mask that it was pruned with"
             )
-        keep = mask_flags
+        keep = given
     k = keep.count
     relation = None
-    if base is not None and 0 < k < bits.size:
+    if base is not None and 0 < k < n:
         partly = level != "fast" or encoding in BASED
         relation = related.relate(keep.bools, k, base, partly=partly)
-    code = _choose(name, elements, k, given is not None, relation, encoding, level)
-    if code is MaskCode.DENSE and k != bits.size:
-        k, keep = bits.size, Flags(bits.size, bools=np.ones(bits.size, np.bool_))
-    kept_bits = bits if code is MaskCode.DENSE else keep.compact(bits)
+    code = _choose(name, source, k, given is not None, relation, encoding, level)
+    if code is MaskCode.DENSE and k != n:
+        k, keep = n, Flags(n, bools=np.ones(n, np.bool_))
+    kept_bits = source.whole() if code is MaskCode.DENSE else source.kept(keep)
     if code in _RELATED:
         assert relation is not None
         mask_parameters, mask = related.pack(code, relation)
@@ -176,7 +176,7 @@ def _encode_one(
             code, mask_parameters, mask = MaskCode.BITMAP_ZSTD, b"", frame
     try:
         value_code, value_parameters, value_section = sections.pack_values(
-            canonical(kept_bits, dtype) if given is not None or k == bits.size else kept_bits,
+            canonical(kept_bits, dtype) if given is not None or k == n else kept_bits,
             dtype, level != "fast", _KINDS[values],
             _held(base, keep, level, values),
         )  # fmt: skip
@@ -201,7 +201,7 @@ def _held(base: Elements | None, keep: Flags, level: Level, values: Values) -> s
 
 def _choose(
     name: str,
-    elements: Elements,
+    source: Source,
     k: int,
     given: bool,
     relation: related.Relation | None,
@@ -209,7 +209,7 @@ def _choose(
     level: Level,
 ) -> MaskCode:
     """Pick the mask code with the fewest bytes, known in closed form from the counts."""
-    n = elements.bits.size
+    n = source.n
     if k == n:
         return MaskCode.DENSE
     if encoding == "dense":
@@ -226,17 +226,17 @@ def _choose(
     if level != "fast" or encoding != "auto":
         codes += [MaskCode.CSR, MaskCode.RICE]
     for code in codes:
-        size = mask_bytes(code, elements.shape, k)
+        size = mask_bytes(code, source.shape, k)
         if size is not None:
             totals[code] = size
     if relation is not None:
         totals |= relation.expected
     totals = {
-        code: size + parameter_bytes(code, ValueCode.RAW) + value_bytes(elements.dtype, k)
+        code: size + parameter_bytes(code, ValueCode.RAW) + value_bytes(source.dtype, k)
         for code, size in totals.items()
     }
     if not given:
-        totals[MaskCode.DENSE] = value_bytes(elements.dtype, n)
+        totals[MaskCode.DENSE] = value_bytes(source.dtype, n)
     if encoding == "auto":
         return min(totals, key=lambda code: (totals[code], code))
     forced = _FORCED[encoding]

@@ -55,12 +55,7 @@ def decode_record(payload: memoryview, placed: Placed, base: Mapping[str, Elemen
             bits: Bits = compiled.decode(mask_section, value_section, record, tensor)
         elif raw and record.mask_code == MaskCode.DENSE:
             bits = sections.read_values(value_section, record.dtype, record.k)
-        elif (
-            raw
-            and record.mask_code == MaskCode.BITMAP
-            and record.dtype is not BOOL
-            and flags.kernels_pay_off(record.n)
-        ):
+        elif is_plain_bitmap(record) and flags.kernels_pay_off(record.n):
             mask_section = payload[placed.mask_at : placed.mask_at + record.mask_len]
             bits = sections.expand_bitmap(
                 mask_section, value_section, record.dtype, record.n, record.k
@@ -83,6 +78,26 @@ def decode_record(payload: memoryview, placed: Placed, base: Mapping[str, Elemen
     except MemoryError:
         raise BudgetError(_no_memory(record)) from None
     return Elements(record.dtype, record.shape, bits)
+
+
+def is_plain_bitmap(record: Record) -> bool:
+    """Whether a record is a bitmap and its kept elements as they are."""
+    plain = record.mask_code == MaskCode.BITMAP and record.value_code == ValueCode.RAW
+    return plain and record.dtype is not BOOL
+
+
+def bitmap_parts(payload: memoryview, placed: Placed) -> tuple[Bits, flags.Bytes]:
+    """Kept elements and bits of a record that is a plain bitmap, checked; both in the payload."""
+    record = placed.record
+    assert record.dtype is not None
+    try:
+        return sections.bitmap_parts(
+            payload[placed.mask_at : placed.mask_at + record.mask_len],
+            payload[placed.value_at : placed.value_at + record.value_len],
+            record.dtype, record.n, record.k,
+        )  # fmt: skip
+    except FormatError as error:
+        raise FormatError(f"tensor {quote(record.name)}: {error}") from None
 
 
 def decode_mask(payload: memoryview, placed: Placed, base: Mapping[str, Elements]) -> Bools:

@@ -37,6 +37,11 @@ def bitmap_kernel(function: str) -> Callable[..., Any]:
     return dispatch.resolve(f"bitmap_{function}", "cpu").implementation.load()
 
 
+def wanted_bits(dtype: DType) -> int:
+    """Bits of an element of which one is set unless it is zero; -0.0 is zero."""
+    return dtype.sign_bit - 1 if dtype.sign_bit else 2 ** (8 * dtype.itemsize) - 1
+
+
 class Flags:
     """Which of `n` elements are kept."""
 
@@ -53,8 +58,7 @@ class Flags:
         """Those that are not zero; -0.0 is zero, NaN is not."""
         if not kernels_pay_off(bits.size):
             return cls(bits.size, bools=nonzero(bits, dtype))
-        wanted = dtype.sign_bit - 1 if dtype.sign_bit else 2 ** (8 * dtype.itemsize) - 1
-        return cls(bits.size, packed=bitmap_kernel("nonzero")(bits, wanted))
+        return cls(bits.size, packed=bitmap_kernel("nonzero")(bits, wanted_bits(dtype)))
 
     @cached_property
     def bools(self) -> Bools:

@@ -183,13 +183,21 @@ def _plain_reader(section: Section, record: Record, dtype: DType) -> Callable[[i
     return read
 
 
-def expand_bitmap(section: Section, values: Section, dtype: DType, n: int, k: int) -> Bits:
-    """All `n` elements from a bitmap section and the raw section of its `k` kept elements."""
+def bitmap_parts(
+    section: Section, values: Section, dtype: DType, n: int, k: int
+) -> tuple[Bits, npt.NDArray[np.uint8]]:
+    """Kept elements and bits of a bitmap section and the raw section of its `k` kept elements."""
     check_tail(section, n)
     packed = np.frombuffer(section, np.uint8)
     kept = np.frombuffer(values, unsigned(dtype))
     found = bitmap_kernel("count")(packed, n)
     if found != k:
         raise FormatError(f"its mask keeps {found} elements, its record says {k}")
+    return kept, packed
+
+
+def expand_bitmap(section: Section, values: Section, dtype: DType, n: int, k: int) -> Bits:
+    """All `n` elements of a bitmap section and the raw section of its `k` kept elements."""
+    kept, packed = bitmap_parts(section, values, dtype, n, k)
     bits: Bits = bitmap_kernel("expand")(kept, packed, n)
     return bits

@@ -1,21 +1,24 @@
-"""The codec for torch: argument checks, and tensors in and out of `sparsekit.codec.core`."""
+"""The codec for torch: payloads of states, around `sparsekit.codec.core`."""
 
 import mmap
 from collections.abc import Iterator, Mapping
-from typing import Any, get_args
+from typing import get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sparsekit.codec import core, decoding
 from sparsekit.codec.core import BASED, Level, MaskEncoding, Values
+from sparsekit.codec.crossing import (
+    check_mapping,
+    decoded,
+    dtype_of,
+    elements_of_state,
+    flags_of,
+    source_of,
+)
 from sparsekit.codec.elements import Elements
-from sparsekit.codec.positions import Bools
-from sparsekit.codec.records import BOOL, DTYPE_BY_NAME, DType
 from sparsekit.codec.wire import (
-    MAX_DIMS,
-    MAX_NAME_BYTES,
     Buffer,
     Header,
     Placed,
@@ -32,9 +35,7 @@ from sparsekit.errors import (
 from sparsekit.types import Masks, State
 
 DEFAULT_MAX_BYTES = 4 * 2**30
-
-_TORCH_BY_NAME: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_BY_NAME}
-_NAME_BY_TORCH = {dtype: name for name, dtype in _TORCH_BY_NAME.items()}
+_CPU = torch.device("cpu")
 
 
 def encode(
@@ -56,7 +57,9 @@ def encode(
     ----------
     state : mapping of str to Tensor
         Tensors of any shape, of dtype float32, float64, float16, bfloat16, int8, int16, int32,
-        int64, uint8 or bool. Tensors on another device are copied to the CPU.
+        int64, uint8 or bool. Of large tensors on a GPU with Triton, only the bits of masks and
+        the kept elements are copied to the CPU, where they are coded; other tensors, and a base,
+        are copied whole.
     masks : mapping of str to Tensor, optional
         Bool tensors for some of the names, of the same shapes, True where a weight is kept. A
         kept weight may be 0. A tensor without one is masked by its own non-zero pattern where
@@ -139,23 +142,23 @@ def encode_chunks(
         raise ArgumentTypeError(f"round: expected an int, got {type(round).__name__}")
     if not 0 <= round < 2**64:
         raise ArgumentError(f"round: expected 0 to 2**64 - 1, got {round}")
-    _check_mapping(state, "state")
+    check_mapping(state, "state")
     if masks is not None:
-        _check_mapping(masks, "masks")
+        check_mapping(masks, "masks")
         names = set(state)
         for name in masks:
             if name not in names:
                 raise ArgumentError(f"masks: {quote(str(name))} is not in the state")
     encoder = core.Encoder(
-        None if base is None else _elements_of_state(base, "base"), masked=masks is not None,
+        None if base is None else elements_of_state(base, "base"), masked=masks is not None,
         mask_encoding=mask_encoding, level=level, values=values,
     )  # fmt: skip
     for name in state:
-        elements = _elements_of(state[name], name, "state")
+        source = source_of(state[name], name)
         given = None
         if masks is not None and name in masks:
-            given = _flat_mask(masks[name], name, elements)
-        yield name, encoder.add(name, elements, given)
+            given = flags_of(masks[name], name, source.shape)
+        yield name, encoder.add(name, source, given)
     yield "", [encoder.header(round)]
 
 
@@ -165,6 +168,7 @@ def decode(
     base: State | None = None,
     template: State | None = None,
     max_bytes: int | None = None,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
     """Read the state out of a payload, which may be hostile.
 
@@ -180,11 +184,14 @@ def decode(
     max_bytes : int, optional
         Most bytes that the decoded tensors may take. With neither `template` nor `max_bytes`
         the limit is 4 GiB.
+    device : torch.device or str
+        Where the tensors are to be. Those stored as a bitmap and plain values (`encode` with
+        ``level="fast"``) are put together on a GPU with Triton; others on the CPU, and copied.
 
     Returns
     -------
     dict of str to Tensor
-        Contiguous CPU tensors in the payload's order, which own their memory.
+        Contiguous tensors in the payload's order, which own their memory.
 
     Raises
     ------
@@ -195,7 +202,10 @@ def decode(
     ArgumentTypeError, ArgumentError
         For an argument of a wrong type or value.
     """
-    return dict(decode_each(payload, base=base, template=template, max_bytes=max_bytes))
+    there = torch.device(device)
+    return dict(
+        decode_each(payload, base=base, template=template, max_bytes=max_bytes, device=there)
+    )
 
 
 def decode_each(
@@ -204,6 +214,7 @@ def decode_each(
     base: State | None,
     template: State | None,
     max_bytes: int | None,
+    device: torch.device = _CPU,
 ) -> Iterator[tuple[str, Tensor]]:
     """Check what can be checked at once, and return an iterator that decodes tensor by tensor."""
     view = as_bytes_view(payload)
@@ -219,7 +230,7 @@ def decode_each(
             "pass a larger max_bytes if the sender is to be trusted with them"
         )
     held = _held_base(header, base)
-    return ((p.record.name, _to_tensor(decoding.decode_record(view, p, held))) for p in records)
+    return ((p.record.name, decoded(view, p, held, device)) for p in records)
 
 
 def decode_masks(payload: Buffer, *, base: State | None = None) -> dict[str, Tensor]:
@@ -275,7 +286,7 @@ def base_digest(state: State) -> bytes:
     bytes
         xxh3_128 of the serialisation in ``docs/wire-format.md``.
     """
-    return core.digest_elements(_elements_of_state(state, "state"))
+    return core.digest_elements(elements_of_state(state, "state"))
 
 
 def _check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
@@ -295,7 +306,7 @@ def _byte_limit(template: State | None, max_bytes: int | None) -> int | None:
 
 
 def _check_template(records: list[Placed], template: State) -> None:
-    _check_mapping(template, "template")
+    check_mapping(template, "template")
     found = {placed.record.name: placed.record for placed in records}
     for name in template:
         if name not in found:
@@ -304,7 +315,7 @@ def _check_template(records: list[Placed], template: State) -> None:
         if name not in template:
             raise TemplateError(f"payload: it has {quote(name)}, which the template lacks")
         assert record.dtype is not None
-        dtype = _dtype_of(template[name], name, "template")
+        dtype = dtype_of(template[name], name, "template")
         shape = tuple(template[name].shape)
         if (dtype, shape) != (record.dtype, record.shape):
             raise TemplateError(
@@ -315,87 +326,5 @@ def _check_template(records: list[Placed], template: State) -> None:
 
 def _held_base(header: Header, base: State | None) -> Mapping[str, Elements]:
     needs_base = any(header.base_digest)
-    given = None if base is None or not needs_base else _elements_of_state(base, "base")
+    given = None if base is None or not needs_base else elements_of_state(base, "base")
     return decoding.checked_base(header, given)
-
-
-def _check_mapping(state: object, argument: str) -> None:
-    if not isinstance(state, Mapping):
-        raise ArgumentTypeError(
-            f"{argument}: expected a mapping of names to tensors, got {type(state).__name__}"
-        )
-
-
-def _dtype_of(tensor: object, name: str, argument: str) -> DType:
-    if not isinstance(tensor, Tensor):
-        raise ArgumentTypeError(
-            f"{argument}: expected a tensor for {quote(name)}, got {type(tensor).__name__}"
-        )
-    known = _NAME_BY_TORCH.get(tensor.dtype)
-    if known is None or tensor.layout is not torch.strided:
-        raise ArgumentTypeError(
-            f"{argument}: {quote(name)} is a {tensor.layout} tensor of {tensor.dtype}; expected "
-            f"torch.strided and one of {', '.join(DTYPE_BY_NAME)}"
-        )
-    return DTYPE_BY_NAME[known]
-
-
-def _elements_of_state(state: State, argument: str) -> dict[str, Elements]:
-    _check_mapping(state, argument)
-    return {name: _elements_of(tensor, name, argument) for name, tensor in state.items()}
-
-
-def _elements_of(tensor: Tensor, name: str, argument: str) -> Elements:
-    _check_name(name, argument)
-    dtype = _dtype_of(tensor, name, argument)
-    if tensor.ndim > MAX_DIMS:
-        raise ArgumentError(
-            f"{argument}: {quote(name)} has {tensor.ndim} dimensions, at most {MAX_DIMS} can travel"
-        )
-    if tensor.is_meta:
-        raise ArgumentError(f"{argument}: {quote(name)} is a meta tensor, which holds no values")
-    # A lazy negation lives in the tensor's flags, where reading its bits would miss it.
-    flat = tensor.detach().cpu().resolve_neg().contiguous().reshape(-1)
-    as_int = getattr(torch, f"int{8 * dtype.itemsize}")
-    bits = flat.view(as_int).numpy().view(f"u{dtype.itemsize}")
-    if dtype is BOOL and bits.size and bits.max() > 1:
-        # From another library's memory: to torch every byte but 0 is true.
-        bits = (bits != 0).view(np.uint8)
-    return Elements(dtype, tuple(tensor.shape), bits)
-
-
-def _check_name(name: Any, argument: str) -> None:
-    if not isinstance(name, str):
-        raise ArgumentTypeError(
-            f"{argument}: expected names of type str, got {type(name).__name__}"
-        )
-    try:
-        raw = name.encode()
-    except UnicodeEncodeError:
-        raise ArgumentError(f"{argument}: the name {quote(name)} cannot be UTF-8") from None
-    if len(raw) > MAX_NAME_BYTES or 0 in raw:
-        raise ArgumentError(
-            f"{argument}: the name {quote(name)} must have at most {MAX_NAME_BYTES} bytes, "
-            "none of them zero"
-        )
-
-
-def _flat_mask(mask: Tensor, name: str, elements: Elements) -> Bools:
-    if _dtype_of(mask, name, "masks") is not BOOL:
-        raise ArgumentTypeError(
-            f"masks: expected a bool tensor for {quote(name)}, got {mask.dtype}"
-        )
-    if tuple(mask.shape) != elements.shape:
-        raise ArgumentError(
-            f"masks: expected shape {elements.shape} for {quote(name)}, got {tuple(mask.shape)}"
-        )
-    return _elements_of(mask, name, "masks").bits.view(np.bool_)
-
-
-def _to_tensor(elements: Elements) -> Tensor:
-    name = elements.dtype.name
-    if name == "bfloat16":
-        # NumPy has no bfloat16: the bits cross as int16.
-        shaped = elements.bits.view(np.int16).reshape(elements.shape)
-        return torch.from_numpy(shaped).view(torch.bfloat16)
-    return torch.from_numpy(elements.bits.view(name).reshape(elements.shape))

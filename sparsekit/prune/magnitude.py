@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from sparsekit.errors import ArgumentError, EmptiedLayerWarning
 from sparsekit.masks import check_mask, prunable_parameters
 from sparsekit.ops import topk_mask
+from sparsekit.prune.grouped import guarded
+from sparsekit.prune.groups import N_OF_M, Form, groups_of, parse, two_of_four
 from sparsekit.types import Masks, State
 
 SCOPES = ("global", "layer", "erk")
-GRANULARITIES = ("weight",)
 
 
 def magnitude_masks(
@@ -42,14 +43,19 @@ def magnitude_masks(
         each tensor a density in proportion to the sum of its sizes over their product
         (Erdos-Renyi-Kernel, Evci et al., arXiv 1911.11134), dense tensors passing their surplus
         on, with the same exact total.
-    granularity : {"weight"}
-        What is kept or pruned as one.
+    granularity : {"weight", "vector:V", "block:VxW", "filter", "2:4"}
+        What is kept or pruned as one: a weight; the weights of V output channels (axis 0) at one
+        input channel (axis 1) and tap, or of V by W at one tap, counted from channel 0, fewer at
+        the end; a slice along axis 0. Groups compete by the mean magnitude of their weights,
+        a float32 sum in a fixed order (`sparsekit.prune.groups`), and as many are kept, in the
+        order of these, as the exact count has room for. "2:4" keeps the 2 largest of every 4
+        consecutive input channels; `sparsity` must be 0.5, and `scope` has no say.
     within : mapping of bool Tensor, optional
         An earlier mask with the same names; the new one lies inside it.
     min_per_filter : int
         Keep at least this many weights in each slice along axis 0 of tensors with 2 or more axes,
         as far as `within` has them; the smallest weights elsewhere give way, so that the total
-        stays exact. 0 turns the guard off.
+        stays exact. With "filter", each such tensor keeps one slice. 0 turns the guard off.
 
     Returns
     -------
@@ -79,10 +85,11 @@ def magnitude_masks(
         raise ArgumentError(
             f"scope: {scope!r} is not in this release; choose one of {', '.join(map(repr, SCOPES))}"
         )
-    if granularity not in GRANULARITIES:
-        raise ArgumentError(f"granularity: {granularity!r} is not in this release; choose 'weight'")
+    form = parse(granularity)
     if not 0.0 <= sparsity <= 1.0:
         raise ArgumentError(f"sparsity: expected a number from 0 to 1, got {sparsity}")
+    if granularity == N_OF_M and sparsity != 0.5:
+        raise ArgumentError(f"sparsity: '2:4' prunes 2 of 4, expected 0.5, got {sparsity}")
     if min_per_filter < 0:
         raise ArgumentError(f"min_per_filter: expected a count >= 0, got {min_per_filter}")
     tensors = _tensors_of(model_or_tensors)
@@ -100,8 +107,10 @@ def magnitude_masks(
 
     total = sum(t.numel() for t in tensors.values())
     keep = min(total - int(sparsity * total), sum(alive.values()))
-    if scope == "global":
-        masks = _guarded_topk(tensors, keep, within, min_per_filter)
+    if granularity == N_OF_M:
+        masks = two_of_four(tensors, within)
+    elif scope == "global":
+        masks = _selected(tensors, keep, within, min_per_filter, form)
     else:
         if scope == "layer":
             counts = {
@@ -113,7 +122,7 @@ def magnitude_masks(
         masks = {}
         for name, tensor in tensors.items():
             inside = None if within is None else {name: within[name]}
-            masks |= _guarded_topk({name: tensor}, counts[name], inside, min_per_filter)
+            masks |= _selected({name: tensor}, counts[name], inside, min_per_filter, form)
     _warn_if_emptied(masks, alive)
     return masks
 
@@ -158,6 +167,21 @@ def _erk_counts(tensors: State, keep: int, alive: Mapping[str, int]) -> dict[str
     return counts
 
 
+def _selected(
+    tensors: State, keep: int, within: Masks | None, min_per_filter: int, form: Form | None
+) -> dict[str, Tensor]:
+    if form is None:
+        return _guarded_topk(tensors, keep, within, min_per_filter)
+    groups = groups_of(tensors, within, form)
+    masks = {
+        name: groups[name].layout.spread(chosen)
+        for name, chosen in guarded(groups, keep, min_per_filter).items()
+    }
+    if within is None:
+        return masks
+    return {name: m & within[name].to(m.device) for name, m in masks.items()}
+
+
 def _guarded_topk(
     tensors: State, keep: int, within: Masks | None, min_per_filter: int
 ) -> dict[str, Tensor]:
@@ -176,7 +200,7 @@ def _guarded_topk(
                 f"{', '.join(tensors)} {min_per_filter} (that needs {forced_count}): "
                 f"{forced_count - keep} are missing; choose a lower sparsity",
                 EmptiedLayerWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         return topk_mask(tensors, keep, within=forced)
     free = {name: ~m if within is None else within[name] & ~m for name, m in forced.items()}

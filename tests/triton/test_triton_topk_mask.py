@@ -12,6 +12,7 @@ from torch import Tensor
 from sparsekit.errors import ArgumentError
 from sparsekit.kernels import implementations
 from sparsekit.kernels.topk_mask import reference, triton
+from sparsekit.kernels.triton_launch import launch
 from sparsekit.ops import explain, topk_mask
 from tests.triton.arenas import Arena, in_arena
 
@@ -204,7 +205,6 @@ def test_launches_do_not_depend_on_the_number_of_tensors(
         counted.append(kernel)
         launch(kernel, *arguments, **constants)
 
-    launch = triton.launch
     monkeypatch.setattr(triton, "launch", counting)
     values = [torch.full((20,), float(i)).to(dtypes[i % len(dtypes)]) for i in range(tensors)]
     check(values, 30, None, device)
