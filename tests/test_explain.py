@@ -102,7 +102,7 @@ def test_threads_lose_no_call() -> None:
 
 def test_auto_takes_the_first_row_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     (reference,) = implementations.available("topk_mask", "cuda")
-    fast = dispatch.Implementation("cpu", reference.load, follows_mask=False)
+    fast = implementations.Implementation("cpu", reference.load, follows_mask=False)
     monkeypatch.setitem(implementations.TABLE, ("topk_mask", "cpu"), (fast, reference))
     topk_mask([torch.ones(2)], 1)
     assert explain().calls[0].backend == "cpu"

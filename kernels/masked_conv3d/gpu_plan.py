@@ -100,7 +100,10 @@ def make(mask: Tensor, shape: Shape, settings: Settings) -> Plan:
         settings.width > 1,
     )
     tap_places = list(itertools.product(*(range(k) for k in shape.kernel)))
-    offsets = [_dot(_axes(lambda t, e: t * e, t, shape.dilation), source.axes) for t in tap_places]
+    offsets = [
+        sum(t * e * s for t, e, s in zip(tap, shape.dilation, source.axes, strict=True))
+        for tap in tap_places
+    ]
     lists = build(
         Filters(kept, per_group * taps, taps, _int32(range(taps), mask), 0),
         Source(source.channel, source.group, _int32(offsets, mask)),

@@ -5,7 +5,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -64,7 +64,8 @@ def precision_of(precision: str, dtype: torch.dtype, device: torch.device) -> Pr
     amd = torch.version.hip is not None
     if precision == "auto":
         # Not `allow_tf32`, which raises where this newer setting was used.
-        wanted = torch.backends.cudnn.conv.fp32_precision == "tf32"
+        cudnn: Any = torch.backends.cudnn
+        wanted = cudnn.conv.fp32_precision == "tf32"
         return "tf32" if device.type == "cuda" and wanted and not amd else "ieee"
     if amd and precision not in _AMD_MODES:
         raise BackendError(

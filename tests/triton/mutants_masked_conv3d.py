@@ -4,7 +4,7 @@ Each row: a name, the file, its text, what replaces it, how the check runs (in T
 ``interpreter`` or in ``ttsem``), and the check.
 """
 
-_KERNELS = "kernels/masked_conv3d/triton.py"
+_KERNELS = "kernels/masked_conv3d/triton_passes.py"
 _LISTS = "kernels/masked_conv3d/columns.py"
 _PLAN = "kernels/masked_conv3d/gpu_plan.py"
 _TEST = "tests/triton/test_masked_conv3d.py::"

@@ -1,7 +1,6 @@
 """The Triton kernels of masked_conv3d against torch in float64."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
@@ -248,10 +247,10 @@ def test_pruned_values_take_part_in_nothing(device: str, tolerances: Table) -> N
     plan = gpu_plan.make(mask.to(device), case.shape, small(1, 1))
     source = launches.pack_source(x.float().to(device), plan)
     y = torch.empty(right["forward"].shape, device=device)
-    own: Any = (poisoned, mask.to(device))
-    launches.forward(source, *own, bias.float().to(device), plan, y, precision="ieee")
+    kept = mask.to(device)
+    launches.forward(source, poisoned, kept, bias.float().to(device), plan, y, precision="ieee")
     found = launches.backward(
-        g.float().to(device), source, *own, plan,
+        g.float().to(device), source, poisoned, kept, plan,
         precision="ieee", need_x=True, need_weight=True,
     )  # fmt: skip
     assert found.x is not None

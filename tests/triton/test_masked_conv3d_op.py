@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from sparsekit.errors import BackendError
 from sparsekit.kernels import dispatch
 from sparsekit.kernels.masked_conv3d import gpu_autograd, gpu_cost, gpu_plans
 from sparsekit.kernels.masked_conv3d.gpu_plans import GpuPlans
+from sparsekit.nn import MaskedConv3d
 
+CUDNN: Any = torch.backends.cudnn
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -26,10 +29,10 @@ def no_records() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def all_bits() -> Iterator[None]:
     """Ask torch not to round float32 to tf32; put back what it was asked before."""
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    before = CUDNN.conv.fp32_precision
+    CUDNN.conv.fp32_precision = "ieee"
     yield
-    torch.backends.cudnn.conv.fp32_precision = before
+    CUDNN.conv.fp32_precision = before
 
 
 @pytest.fixture
@@ -81,7 +84,7 @@ def test_auto_precision_follows_torch(
     assert gpu_plans.kind_of(inputs[0], "auto").precision == "ieee"
     assert gpu_plans.kind_of(inputs[0], "tf32x3").precision == "tf32x3"
     assert gpu_plans.kind_of(inputs[0].half(), "auto").precision == "ieee"
-    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    CUDNN.conv.fp32_precision = "tf32"
     expected = "tf32" if device == "cuda" else "ieee"
     assert gpu_plans.kind_of(inputs[0], "auto").precision == expected
     monkeypatch.setattr(torch.version, "hip", "7.0")
@@ -219,7 +222,9 @@ def test_a_sparsified_module_runs_the_kernels(device: str) -> None:
             to.copy_(value * masks[name] if name in masks else value)
     sparse = sparsify(model)
     for name, mask in masks.items():
-        sparse.get_submodule(name.removesuffix(".weight")).set_mask(mask.to(device))
+        layer = sparse.get_submodule(name.removesuffix(".weight"))
+        assert isinstance(layer, MaskedConv3d)
+        layer.set_mask(mask.to(device))
     x = torch.randn(1, 2, 3, 4, 3).to(device)
     torch.testing.assert_close(sparse(x), right.to(device)(x), rtol=1e-5, atol=1e-5)
     assert {r.backend for r in explain().calls} == {"triton"}
