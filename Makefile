@@ -15,10 +15,11 @@ $(BIN)/sparsekit fed run --cohort $(1)/cohort --out $(1)/fedavg --config example
 $(BIN)/sparsekit fed run --cohort $(1)/cohort --out $(1)/fedsparsify --config examples/demo.toml --strategy fedsparsify-global --sparsity 0.95 --seed $(2) > $(1)/fedsparsify.txt
 endef
 
+NEWEST_TRITON := 3.9.0
 BENCH := build/bench-cpu
 BENCH_FILES ?= ceilings topk block process conv step
 
-.PHONY: help install demo demo-seeds values trace fit-selector bench-cpu bench-codec fuzz test check format clean
+.PHONY: help install demo demo-seeds values trace fit-selector bench-cpu bench-codec fuzz check-kernels check-kernels-full test check format clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -94,6 +95,23 @@ $(BENCH)/trained/result.json: bench/trained.toml | $(STAMP)
 	mkdir -p $(BENCH)
 	$(BIN)/sparsekit cohort make $(BENCH)/cohort --subjects 32 --sites 4 --resolution 2 --workers 2
 	$(BIN)/sparsekit fed run --cohort $(BENCH)/cohort --out $(BENCH)/trained --config bench/trained.toml
+
+# ttsem declares Python >= 3.12 and another Triton, and runs with these as well.
+TTSEM := $(VENV)/.ttsem
+$(TTSEM): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python ttsem==0.1.0
+	@touch $@
+
+check-kernels: $(TTSEM) ## Triton kernels without a GPU: values, bounds, races, mutants, machine code
+	$(BIN)/python tools/check_kernels.py
+
+# The newest Triton shadows the tested one for one command only.
+check-kernels-full: $(TTSEM) ## the same for all tile sizes, and the newest Triton (about 20 minutes); writes docs/results/kernels.*
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/triton-newest 'triton==$(NEWEST_TRITON)'
+	mkdir -p build/kernels
+	PYTHONPATH=build/triton-newest $(BIN)/python tools/check_kernels.py --code build/kernels/newest.json
+	$(BIN)/python tools/check_kernels.py --whole
+	$(BIN)/python tools/kernels_table.py write
 
 test: $(STAMP) ## the whole test suite
 	$(BIN)/python -m pytest

@@ -1,7 +1,7 @@
-"""What masks of each format leave for a GPU to do in the layers of BrainAgeCNN: counts, and a model.
+"""What masks of each format leave for a GPU to do in BrainAgeCNN: counts, and a model.
 
-Executed work is counted from the lists that the kernels would take, and so exact. Times are those of
-`sparsekit.kernels.masked_conv3d.gpu_cost`: a model, none of it measured.
+Executed work is counted from the lists that the kernels would take, and so exact. Times are those
+of `sparsekit.kernels.masked_conv3d.gpu_cost`: a model, none of it measured.
 """
 
 import math

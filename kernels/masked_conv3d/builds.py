@@ -6,8 +6,8 @@ import torch
 
 from sparsekit.kernels.builds import Build, build
 from sparsekit.kernels.masked_conv3d import triton_passes
-from sparsekit.kernels.masked_conv3d.boxes import boxes_of
 from sparsekit.kernels.masked_conv3d.gpu_plan import Tile
+from sparsekit.kernels.masked_conv3d.strips import strips_of
 from sparsekit.kernels.masked_conv3d.tiles import ROWS, Architecture, Kind, Precision, settings
 
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -63,14 +63,14 @@ def _types(kernel: Any, pointers: dict[str, str], constants: dict[str, Any]) -> 
 
 def _product(kind: Kind, tile: Tile, width: int) -> Build:
     element = _TYPES[kind.dtype]
-    d, h, w = boxes_of(_GRID, tile.voxels).box
+    d, h = strips_of(_GRID, tile.voxels).cross
     wide = width > 1
     pointers = {
         "x": element, "packed": element, "offsets": "i32", "steps": "i32", "bias": element,
         "live": "i32", "y": element,
     }  # fmt: skip
     constants = {
-        "BOX_D": d, "BOX_H": h, "BOX_W": w, "BN": tile.rows, "BK": tile.entries,
+        "VOXELS": tile.voxels, "CROSS_D": d, "CROSS_H": h, "BN": tile.rows, "BK": tile.entries,
         "CONTIGUOUS": width, "HAS_BIAS": True, "HAS_LIVE": True, "PRECISION": kind.precision,
     }  # fmt: skip
     kernel = triton_passes.gather_product
@@ -85,15 +85,15 @@ def _product(kind: Kind, tile: Tile, width: int) -> Build:
 
 def _sums(kind: Kind, tile: Tile, width: int) -> Build:
     element = _TYPES[kind.dtype]
-    d, h, w = boxes_of(_GRID, tile.voxels).box
+    d, h = strips_of(_GRID, tile.voxels).cross
     wide = width > 1
     pointers = {
-        "x": element, "gradient": element, "offsets": "i32", "steps": "i32", "boxes": "i32",
-        "box_count": "i32", "partial": "fp32",
+        "x": element, "gradient": element, "offsets": "i32", "steps": "i32", "listed": "i32",
+        "part_count": "i32", "partial": "fp32",
     }  # fmt: skip
     constants = {
-        "BOX_D": d, "BOX_H": h, "BOX_W": w, "BN": tile.rows, "BK": tile.entries,
-        "CONTIGUOUS": width, "G_CONTIGUOUS": width, "HAS_BOXES": True,
+        "VOXELS": tile.voxels, "CROSS_D": d, "CROSS_H": h, "BN": tile.rows, "BK": tile.entries,
+        "CONTIGUOUS": width, "G_CONTIGUOUS": width, "HAS_LISTED": True,
         "PRECISION": kind.precision, **({"g_c": 1} if wide else {}),
     }  # fmt: skip
     steps = ("x_n", "x_d", "x_h", "x_w", "g_n", "g_d", "g_h", "g_w") if wide else ()
