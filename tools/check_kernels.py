@@ -78,7 +78,9 @@ def _outcomes(report: Path) -> dict[str, str]:
     found = {}
     for case in ET.parse(report).getroot().iter("testcase"):
         kinds = {child.tag for child in case}
-        outcome = "skipped" if "skipped" in kinds else "failed" if kinds & {"failure", "error"} else ""
+        outcome = (
+            "skipped" if "skipped" in kinds else "failed" if kinds & {"failure", "error"} else ""
+        )
         found[f"{case.get('classname')}::{case.get('name')}"] = outcome or "passed"
     return found
 
@@ -112,7 +114,9 @@ def machine_code(*, whole: bool, budget: dict[str, Any] | None) -> tuple[list[An
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--whole", action="store_true", help="all tile sizes; write the results")
     parser.add_argument("--budget", action="store_true", help="only compile, and write the budget")
     parser.add_argument("--code", type=Path, help="only compile, all sizes; figures to this file")

@@ -114,7 +114,9 @@ def run() -> list[Outcome]:
             line, environment = command(runs, *checks, "-q", "-p", "no:cacheprovider")
             done = subprocess.run(line, cwd=tree, env=environment, capture_output=True, text=True)
             if done.returncode or f"{len(checks)} passed" not in done.stdout:
-                raise RuntimeError(f"a check fails without a mistake:\n{done.stdout[-3000:]}{done.stderr[-500:]}")
+                raise RuntimeError(
+                    f"a check fails without a mistake:\n{done.stdout[-3000:]}{done.stderr[-500:]}"
+                )
         for mutant in everything:
             outcome = try_one(mutant, tree)
             outcomes.append(outcome)
