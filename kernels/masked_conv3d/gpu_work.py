@@ -72,4 +72,3 @@ def weight_gradient(plan: Plan, samples: int, dtype: torch.dtype) -> Work:
     each = 2 * samples * boxes.count * boxes.voxels * tile.rows
     entries = steps * tile.entries
     return Work(loaded, stored, each * entries, each * (entries - int(lists.counts.sum())))
-
