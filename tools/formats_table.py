@@ -51,10 +51,11 @@ def section() -> str:
         lines.append(f"| `{granularity}` | " + " | ".join(cells) + " |")
     table = "\n".join(lines)
     return (
-        "Model, not measured: times faster than a dense convolution, forward pass / training step,\n"
-        f"of a 3x3x3 layer with {CHANNELS} channels on {SAMPLES} grids of {SIZE}^3 in bfloat16 on "
-        "an H100, weights\nrandom. `auto` takes the dense convolution unless the kernels are clearly "
-        f"faster by this.\n\n{table}\n\nWritten by `python tools/formats_table.py`.\n"
+        "Model, not measured: times faster than a dense convolution, forward pass / training\n"
+        f"step, of a 3x3x3 layer with {CHANNELS} channels on {SAMPLES} grids of {SIZE}^3 in "
+        "bfloat16 on an H100,\nweights random. `auto` takes the dense convolution unless the "
+        f"kernels are clearly faster by this.\n\n{table}\n\n"
+        "Written by `python tools/formats_table.py`.\n"
     )
 
 
