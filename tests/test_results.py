@@ -25,6 +25,17 @@ def test_tables_are_those_of_the_results_files(tool: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_table_of_formats_is_what_the_model_says() -> None:
+    done = subprocess.run(
+        [sys.executable, "tools/formats_table.py", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_figures_are_those_of_the_rows() -> None:
     results = json.loads((ROOT / "docs" / "results" / "cpu.json").read_text(encoding="utf-8"))
     assert results["figures"] == [figure.as_json() for figure in figures(rows_of(results))]
