@@ -7,10 +7,12 @@ Both follow Stripelis et al., "Towards Sparsified Federated Neuroimaging Models 
 Pruning", and the released code where the paper is silent.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,6 +68,10 @@ class Update:
 
 class NonFiniteUpdateError(CodecError):
     """An update holds NaN or infinity."""
+
+
+class LargeUpdateError(CodecError):
+    """An update is further from what was sent than the run allows."""
 
 
 def initial_state(
@@ -262,6 +268,28 @@ def read_update(payload: bytes, *, plan: TrainPlan, sent: ServerState, n_train: 
     if sent.masks is not None:
         masks = {name: mask & sent.masks[name] for name, mask in masks.items()}
     return Update(weights=weights, masks=masks, n_train=n_train)
+
+
+def check_norm(update: Update, sent: ServerState, bound: float) -> None:
+    """Refuse an update whose Euclidean distance from what was sent exceeds ``bound``.
+
+    Pruned weights count with what they were before: to set one to 0 is a change too.
+
+    Raises
+    ------
+    LargeUpdateError
+        If it does.
+    """
+    # numpy's sums run on one thread: the same bits whatever torch may use.
+    squares = [
+        float(np.square(weights.double().numpy() - sent.weights[name].double().numpy()).sum())
+        for name, weights in update.weights.items()
+    ]
+    norm = math.sqrt(math.fsum(squares))
+    if norm > bound:
+        raise LargeUpdateError(
+            f"update: its distance from the model sent is {norm:.6g}, max_update_norm is {bound:g}"
+        )
 
 
 def average(updates: Sequence[Update]) -> dict[str, Tensor]:

@@ -28,10 +28,11 @@ class LedgerRow:
     direction : str
         ``"down"`` to the site, ``"up"`` from it.
     outcome : str
-        ``"ok"``, or why the message did not count: corrupt, stale-base, shape, nan, wrong-round,
-        dead, late.
+        ``"ok"``, or why the message did not count: corrupt, stale-base, shape, nan, norm,
+        wrong-round, dead, late.
     seconds : float
-        For ``up``: the site's time for the whole request; for ``down``: 0.
+        For ``up``: from the request until the reply, or until its absence was known; for
+        ``down``: 0.
     dense_equivalent_bytes : int
         4 bytes for each weight of the model, what an uncompressed float32 message would carry.
     payload_bytes, control_bytes, framing_bytes, transport_bytes : int

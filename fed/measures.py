@@ -58,3 +58,30 @@ def mask_bits_per_weight(order: Order) -> float:
     """Return the bits that the masks of a round's download take, over all weights."""
     info = inspect(order.payload)
     return 8 * info.mask_bytes / info.n
+
+
+def history_entry(
+    server: ServerState, number: int, rows: list[LedgerRow], seconds: float
+) -> dict[str, Any]:
+    """Return the history's line for the model after round ``number``."""
+    pruned = sum(int((~mask).sum()) for mask in (server.masks or {}).values())
+    prunable = sum(t.numel() for n, t in server.weights.items() if is_prunable(n, t))
+    every = sum(tensor.numel() for tensor in server.weights.values())
+    in_prunable = sum(
+        int((~mask).sum())
+        for name, mask in (server.masks or {}).items()
+        if is_prunable(name, server.weights[name])
+    )
+    return {
+        "round": number,
+        "sparsity_prunable": in_prunable / prunable,
+        "sparsity_all": pruned / every,
+        "layer_sparsity": layer_sparsity(server.masks),
+        "payload_down": sum_bytes(rows, "down", "payload_bytes"),
+        "payload_up": sum_bytes(rows, "up", "payload_bytes"),
+        "transport_down": sum_bytes(rows, "down", "transport_bytes"),
+        "transport_up": sum_bytes(rows, "up", "transport_bytes"),
+        "flops_counted": sum(row.flops_counted for row in rows),
+        "flops_executed": sum(row.flops_executed for row in rows),
+        "seconds": seconds,
+    }

@@ -53,10 +53,22 @@ def run_command(
     ] = None,
     level: Annotated[str | None, typer.Option(help="Of the codec: fast | balanced | small")] = None,
     engine: Annotated[
-        str | None, typer.Option(help="inprocess | processes (one a site, over TCP)")
+        str | None, typer.Option(help="processes (one a site, over TCP; default) | inprocess")
     ] = None,
     deadline: Annotated[
         float | None, typer.Option(help="Seconds in which a site's process must reply.")
+    ] = None,
+    quorum: Annotated[
+        float | None, typer.Option(help="Fraction of the sites asked that must reply.")
+    ] = None,
+    participation: Annotated[
+        float | None, typer.Option(help="Fraction of the sites that each round asks.")
+    ] = None,
+    sites_per_round: Annotated[
+        int | None, typer.Option(help="The same as a number of sites; 0 for --participation.")
+    ] = None,
+    max_update_norm: Annotated[
+        float | None, typer.Option(help="Leave out updates further than this from the model sent.")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Computing threads in all.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu | cuda")] = None,
@@ -95,6 +107,10 @@ def run_command(
         "level": level,
         "engine": engine,
         "deadline": deadline,
+        "quorum": quorum,
+        "participation": participation,
+        "sites_per_round": sites_per_round,
+        "max_update_norm": max_update_norm,
         "threads": threads,
         "device": device,
         "seed": seed,

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ class Fault(Silent):
         self.number, self.act, self.after = number, act, after
         self.notices: list[str] = []
 
-    def round_started(self, number: int, rounds: int, sites: int) -> None:
+    def round_started(self, number: int, rounds: int, sites: Sequence[str]) -> None:
         del rounds, sites
         if number == self.number:
             threading.Timer(self.after, self.act).start()

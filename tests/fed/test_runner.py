@@ -1,7 +1,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ SMALL: dict[str, Any] = {
     "sparsity": 0.8,
     "threads": 2,
     "seed": 3,
+    "engine": "inprocess",
 }
 
 
@@ -277,7 +278,7 @@ def test_a_second_process_is_kept_out(tiny_cohort: Path, tiny_cache: Path, tmp_p
     run = tmp_path / "r"
 
     class Intruder(Silent):
-        def round_started(self, number: int, rounds: int, sites: int) -> None:
+        def round_started(self, number: int, rounds: int, sites: Sequence[str]) -> None:
             del number, rounds, sites
             with pytest.raises(RunError, match="another process"):
                 resume_run(run, cache=tiny_cache)
