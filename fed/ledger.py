@@ -146,8 +146,17 @@ class Ledger:
         os.truncate(self.path, size_bytes)
 
     def __iter__(self) -> Iterator[LedgerRow]:
+        return self._rows(torn=False)
+
+    def whole_rows(self) -> Iterator[LedgerRow]:
+        """Yield the rows but for a last line without an end: one that is being written, or was."""
+        return self._rows(torn=True)
+
+    def _rows(self, *, torn: bool) -> Iterator[LedgerRow]:
         with self.path.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
+                if torn and not line.endswith(b"\n"):
+                    return
                 try:
                     values: dict[str, Any] = json.loads(line.decode("utf-8"))
                     yield LedgerRow(**values)

@@ -142,14 +142,18 @@ def resume_command(run: RunFolder, cache: Cache = None) -> None:
 
 @app.command("report")
 def report_command(run: RunFolder) -> None:
-    """Write RUN/report.html anew."""
-    from sparsekit.cli.progress import print_result
-    from sparsekit.fed.compare import load_result
-    from sparsekit.fed.report import write_report
+    """Write RUN/report.html anew, also of a run that goes on or has stopped."""
+    from sparsekit.cli.progress import print_progress, print_result
+    from sparsekit.fed.compare import RESULT_FILE, load_result
+    from sparsekit.fed.report import write_progress_report, write_report
 
-    result = load_result(run)
-    write_report([run], run / REPORT)
-    print_result(run, result)
+    if (run / RESULT_FILE).exists():
+        result = load_result(run)
+        write_report([run], run / REPORT)
+        print_result(run, result)
+    else:
+        print_progress(run)
+        write_progress_report(run, run / REPORT)
     _say_where(run / REPORT)
 
 

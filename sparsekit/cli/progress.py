@@ -19,6 +19,7 @@ from rich.table import Table
 from sparsekit.cli.consoles import notice_console, printable, result_console
 from sparsekit.fed.compare import load_result, run_names
 from sparsekit.fed.tables import difference_cells, format_bytes, line_items, saving_cells
+from sparsekit.fed.unfinished import read_progress, site_items, state_items, way_on
 
 _MOST_NAMED = 3
 
@@ -116,6 +117,24 @@ def print_result(run: Path, result: Mapping[str, Any]) -> None:
         held_out = f"  {_cell(site)} ({accuracy['site_n'][site]} held out)"
         table.add_row(held_out, f"{mae:.2f} years")
     result_console().print(table)
+
+
+def print_progress(run: Path) -> None:
+    """Print what is known of a run that is not finished, and how its sites did."""
+    progress = read_progress(run)
+    table = Table(title=_cell(f"{run}, not finished"))
+    table.add_column("measure", overflow="fold")
+    table.add_column("value", justify="right", overflow="fold")
+    for name, value in state_items(progress).items():
+        table.add_row(name, _cell(value))
+    result_console().print(table)
+    sites = Table(title="Sites")
+    for name in ("site", "usable replies", "other outcomes", "seconds of a reply, median"):
+        sites.add_column(name, overflow="fold")
+    for row in site_items(progress):
+        sites.add_row(*map(_cell, row))
+    result_console().print(sites)
+    result_console().print(way_on(run, progress), markup=False, soft_wrap=True)
 
 
 def print_comparison(runs: list[Path]) -> None:

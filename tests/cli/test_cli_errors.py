@@ -146,7 +146,6 @@ def test_a_used_folder_is_left_alone(sparsekit: Command, people: Path, tmp_path:
         pytest.param("fed compare {1}", 2, "at least two runs, each once", id="one run"),
         pytest.param("fed compare {1} {1}", 2, "at least two runs, each once", id="twice"),
         pytest.param("fed compare {1} {2}", 1, "is not finished; continue it", id="unfinished"),
-        pytest.param("fed report {2}", 1, "is not finished; continue it", id="unfinished-report"),
         pytest.param("fed compare {1} {3} --out {0}/no/x.html", 2, "out: expected", id="out"),
         pytest.param("fed compare {1} {3} --out {0}", 2, "out: expected", id="out-folder"),
         pytest.param("cohort check {0}/gone", 2, "does not exist", id="check"),
