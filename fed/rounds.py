@@ -260,6 +260,6 @@ def _require_quorum(
         reasons = "; ".join(f"{site}: {f.outcome} ({f.detail})" for site, f in failures.items())
         raise QuorumError(
             f"round {plan.round}: {len(answers)} of {total} sites gave a usable reply, the quorum "
-            f"is {needed}. {reasons}. Mend the sites and continue with `sparsekit fed resume RUN`.",
+            f"is {needed}. {reasons}.",
             rows,
         )

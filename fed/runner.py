@@ -263,7 +263,8 @@ def _loop(
                 outcome = play_round(server, config, engine, asked, watcher.site_answered, holding)
         except QuorumError as error:
             ledger.append(error.rows)
-            raise
+            text = f"{error} Mend the sites and continue with {resume_command(run)}."
+            raise QuorumError(text, error.rows) from None
         for site, failure in outcome.failures.items():
             watcher.notice(f"round {number}: {site} is out: {failure.outcome} ({failure.detail})")
         holding, order = frozenset(outcome.answers), outcome.order
