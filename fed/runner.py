@@ -84,7 +84,7 @@ def start_run(
     CohortError, RunError
         See the text.
     """
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+    if run.exists() and not _is_unused(run):
         raise UsageError(
             f"out: {run} already holds something; choose another folder, or continue it with "
             f"{resume_command(run)}"
@@ -104,6 +104,12 @@ def start_run(
             with suppress(OSError):
                 run.rmdir()
         raise
+
+
+def _is_unused(run: Path) -> bool:
+    """Whether a folder holds at most what a server leaves that is killed as it begins."""
+    pattern = f".{CONFIG_FILE}.*.tmp"
+    return run.is_dir() and all(path.match(pattern) for path in run.iterdir())
 
 
 def _default_cache(run: Path) -> Path:
