@@ -16,11 +16,16 @@ class Holding:
     threads: int
 
 
-def children_of(pid: int) -> list[int]:
-    """Return the processes that a process has started and that still run, zombies too."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        found += [int(word) for word in (task / "children").read_text().split()]
+def descendants_of(pid: int) -> list[int]:
+    """Return the processes that a process has started, and those started by them, zombies too."""
+    found: list[int] = []
+    try:
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for word in (task / "children").read_text().split():
+                found += [int(word), *descendants_of(int(word))]
+    except OSError:
+        # It has ended meanwhile.
+        pass
     return sorted(found)
 
 
@@ -49,14 +54,17 @@ def _kilobytes(path: Path, name: str) -> int:
     raise OSError(f"{path} has no {name}")
 
 
+_STARTED_AS = {b"sparsekit.fed.engines.site_process", b"sparsekit.fed.engines.nursery"}
+
+
 def site_processes(run: Path) -> list[int]:
-    """Return the processes of a run's sites, also after their server is gone."""
+    """Return the processes of a run's sites, and their nursery, also after their server is gone."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"sparsekit.fed.engines.site_process" in words and str(run).encode() in words:
+        if _STARTED_AS & set(words) and str(run).encode() in words:
             found.append(int(path.parent.name))
     return found

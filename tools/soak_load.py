@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from process_watch import Holding, children_of, holding, peak_bytes, site_processes
+from process_watch import Holding, descendants_of, holding, peak_bytes, site_processes
 
 COMMAND = (sys.executable, "-c", "from sparsekit.cli import main; main()")
 SMALL = (*("--epochs", "1", "--batch", "2", "--width", "0.05", "--threads", "2"),)
@@ -66,7 +66,7 @@ class Watch:
         own = holding(self.server)
         if own is None:
             return None
-        sites = [found for pid in children_of(self.server) if (found := holding(pid))]
+        sites = [found for pid in descendants_of(self.server) if (found := holding(pid))]
         try:
             self.server_peak = max(self.server_peak, peak_bytes(self.server))
             peaks = [peak_bytes(one.pid) for one in sites]
@@ -165,7 +165,7 @@ def many_rounds(folder: Path, rounds: int = 250) -> dict[str, Any]:
 
     def sampled(seen: tuple[Holding, list[Holding]]) -> None:
         number = log.read_text(encoding="utf-8").count(": asking ") if log.exists() else 0
-        if 0 < number <= rounds and number not in samples and len(seen[1]) == 4:
+        if 0 < number <= rounds and number not in samples and len(seen[1]) == 5:
             own, sites = seen
             samples[number] = {
                 "round": number,

@@ -22,6 +22,7 @@ from sparsekit.fed import messages
 from sparsekit.fed.engines import framed
 from sparsekit.fed.engines.base import STALE, Answered, Failure, Reply, ask_all
 from sparsekit.fed.engines.framed import BrokenFrameError, Connection, Counts
+from sparsekit.fed.engines.nursery import ForkedProcess, Nursery, can_fork
 from sparsekit.fed.engines.site_process import SECRET, SERVER, THREADS
 
 _MOST_HELLO_BYTES = 1 << 16
@@ -88,7 +89,10 @@ class ProcessesEngine:
         self._workers = max(1, min(threads, len(sites)))
         self._torch_threads = max(1, threads // self._workers)
         self._secret = secrets.token_hex(16)
-        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        # OpenMP's threads do not survive a fork: sites that have several start on their own.
+        forks = self._torch_threads == 1 and len(sites) > 1 and self._command == SITE_COMMAND
+        self._nursery = Nursery(run) if forks and can_fork() else None
+        self._children: dict[str, subprocess.Popen[bytes] | ForkedProcess] = {}
         self._connections: dict[str, Connection] = {}
         self._hellos: dict[str, bytes] = {}
         self._troubles: dict[str, str] = {}
@@ -199,33 +203,38 @@ class ProcessesEngine:
 
     def _spawn(self, site: SiteProcess) -> None:
         self._troubles.pop(site.name, None)
-        own = {
-            SECRET: self._secret,
-            SERVER: str(os.getpid()),
-            THREADS: str(self._torch_threads),
-        }
-        port = str(self._listener.getsockname()[1])
+        own = {SECRET: self._secret, THREADS: str(self._torch_threads)}
+        arguments = [
+            *(str(self._run), str(self._cache), quote(site.name, safe="")),
+            *(str(self._listener.getsockname()[1]), str(site.folder)),
+        ]
+        log_file = self._log_file(site.name)
         try:
             site.folder.mkdir(parents=True, exist_ok=True)
-            with self._log_file(site.name).open("ab") as log:
-                self._children[site.name] = subprocess.Popen(
-                    [
-                        *self._command,
-                        *(str(self._run), str(self._cache), quote(site.name, safe="")),
-                        *(port, str(site.folder)),
-                    ],
-                    env=os.environ | own,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    # Ctrl-C is for the server, which says goodbye; the sites end with it.
-                    start_new_session=True,
-                )
+            if self._nursery is not None:
+                child = self._nursery.fork(arguments, own, log_file)
+                self._children[site.name] = child
+            else:
+                self._children[site.name] = self._popen(arguments, own, log_file)
         except OSError as error:
             self._troubles[site.name] = f"its process could not be started: {error}"
             return
         pid = self._children[site.name].pid
-        self._log.info("%s: process %d started, see %s", site.name, pid, self._log_file(site.name))
+        self._log.info("%s: process %d started, see %s", site.name, pid, log_file)
+
+    def _popen(
+        self, arguments: Sequence[str], own: dict[str, str], log_file: Path
+    ) -> subprocess.Popen[bytes]:
+        with log_file.open("ab") as log:
+            return subprocess.Popen(
+                [*self._command, *arguments],
+                env=os.environ | own | {SERVER: str(os.getpid())},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                # Ctrl-C is for the server, which says goodbye; the sites end with it.
+                start_new_session=True,
+            )
 
     def _log_file(self, name: str) -> Path:
         return self._sites[name].folder / "process.log"
@@ -345,6 +354,8 @@ class ProcessesEngine:
             for child in self._children.values():
                 child.kill()
                 child.wait()
+            if self._nursery is not None:
+                self._nursery.close(max(1.0, until - time.monotonic()))
 
 
 def _failure(data: bytes) -> Failure:

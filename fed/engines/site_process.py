@@ -1,8 +1,8 @@
-"""The process of one site: ``python -m sparsekit.fed.engines.site_process``, started by the server.
+"""The process of one site, ``python -m sparsekit.fed.engines.site_process`` or forked by a nursery.
 
 It reads its scans, introduces itself to the server and answers until it is told goodbye. A lost
-connection is opened again, as long as the server's process lives. The run's secret, which keeps
-strangers on this machine out, comes through the environment.
+connection is opened again, as long as the process lives that started this one. The run's secret,
+which keeps strangers on this machine out, comes through the environment.
 """
 
 import contextlib

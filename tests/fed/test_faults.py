@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 
+from sparsekit.errors import RunError
 from sparsekit.fed import messages
 from sparsekit.fed.config import RunConfig
 from sparsekit.fed.engines.base import Answered, Failure, Reply
 from sparsekit.fed.engines.inprocess import InProcessEngine
 from sparsekit.fed.engines.processes import ProcessesEngine
 from sparsekit.fed.ledger import Ledger, LedgerRow
-from sparsekit.fed.runner import Silent, start_run
+from sparsekit.fed.runner import Silent, resume_run, start_run
 
 HOSTILE = Path(__file__).with_name("hostile_site.py")
 SMALL: dict[str, Any] = {
@@ -177,6 +178,26 @@ def test_a_site_that_dies_or_freezes_is_out_for_one_round(
     for one in connections:
         if one["in_order"]:
             assert (one["sent"], one["received"]) == (one["kernel_sent"], one["kernel_received"])
+
+
+def test_sites_end_with_the_process_that_forked_them(
+    tiny_cohort: Path, tiny_cache: Path, tmp_path: Path
+) -> None:
+    run, whole = tmp_path / "r", tmp_path / "whole"
+    start_run(make(tiny_cohort, engine="inprocess"), whole, cache=tiny_cache)
+
+    class Orphans(Silent):
+        def round_started(self, number: int, rounds: int, sites: Sequence[str]) -> None:
+            del rounds, sites
+            if number == 2:
+                status = Path(f"/proc/{pid_of(run, 'a')}/status").read_text()
+                (parent,) = (line for line in status.splitlines() if line.startswith("PPid:"))
+                os.kill(int(parent.split()[1]), signal.SIGKILL)
+
+    with pytest.raises(RunError, match=r"round 2: \d of 3 sites .*: dead"):
+        start_run(make(tiny_cohort, quorum=1.0), run, cache=tiny_cache, watcher=Orphans())
+    resume_run(run, cache=tiny_cache)
+    assert (run / "model.spu").read_bytes() == (whole / "model.spu").read_bytes()
 
 
 def command(*words: str | Path) -> subprocess.CompletedProcess[str]:

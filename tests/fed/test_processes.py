@@ -48,6 +48,10 @@ def connections(run: Path) -> list[dict[str, Any]]:
     return found
 
 
+# Forked processes have the command line of the one that they come from.
+_STARTED_AS = {b"sparsekit.fed.engines.site_process", b"sparsekit.fed.engines.nursery"}
+
+
 def alive(run: Path) -> list[int]:
     """Processes of the run's sites."""
     found = []
@@ -56,18 +60,21 @@ def alive(run: Path) -> list[int]:
             words = path.read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"sparsekit.fed.engines.site_process" in words and str(run).encode() in words:
+        if _STARTED_AS & set(words) and str(run).encode() in words:
             found.append(int(path.parent.name))
     return found
 
 
-@pytest.mark.parametrize("values", ["lossless", "int4"])
+# With one thread each, sites are forked; with two they start on their own.
+@pytest.mark.parametrize(("values", "threads"), [("lossless", 2), ("int4", 3), ("lossless", 6)])
 def test_the_same_bits_as_in_one_process_and_the_kernel_agrees(
-    tiny_cohort: Path, tiny_cache: Path, tmp_path: Path, values: str
+    tiny_cohort: Path, tiny_cache: Path, tmp_path: Path, values: str, threads: int
 ) -> None:
-    alone = make(tiny_cohort, engine="inprocess", values=values)
+    alone = make(tiny_cohort, engine="inprocess", values=values, threads=threads)
     start_run(alone, tmp_path / "one", cache=tiny_cache)
-    start_run(make(tiny_cohort, values=values), tmp_path / "many", cache=tiny_cache)
+    config = make(tiny_cohort, values=values, threads=threads)
+    start_run(config, tmp_path / "many", cache=tiny_cache)
+    assert (tmp_path / "many" / "nursery.log").exists() == (threads < 6)
 
     model = (tmp_path / "one/model.spu").read_bytes()
     assert (tmp_path / "many/model.spu").read_bytes() == model
