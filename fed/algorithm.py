@@ -8,7 +8,7 @@ Pruning", and the released code where the paper is silent.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -25,6 +25,8 @@ from sparsekit.fed.plan import TASK_EVALUATE, TASK_TRAIN, TrainPlan, build_model
 from sparsekit.fed.seeds import derive_seed
 from sparsekit.schedule import PolynomialSchedule
 from sparsekit.types import Masks, Size3, State
+
+_PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -280,11 +282,13 @@ def check_norm(update: Update, sent: ServerState, bound: float) -> None:
     LargeUpdateError
         If it does.
     """
-    # numpy's sums run on one thread: the same bits whatever torch may use.
-    squares = [
-        float(np.square(weights.double().numpy() - sent.weights[name].double().numpy()).sum())
-        for name, weights in update.weights.items()
-    ]
+    squares = []
+    for name, weights in update.weights.items():
+        ours, theirs = (t.reshape(-1).numpy() for t in (weights, sent.weights[name]))
+        for piece in pieces(len(ours)):
+            change = ours[piece].astype(np.float64) - theirs[piece]
+            # numpy's sums run on one thread: the same bits whatever torch may use.
+            squares.append(float(np.square(change).sum()))
     norm = math.sqrt(math.fsum(squares))
     if norm > bound:
         raise LargeUpdateError(
@@ -297,12 +301,21 @@ def average(updates: Sequence[Update]) -> dict[str, Tensor]:
     total = sum(update.n_train for update in updates)
     merged: dict[str, Tensor] = {}
     for name, first in updates[0].weights.items():
-        accumulated = torch.zeros(first.shape, dtype=torch.float64)
-        for update in updates:
-            accumulated += update.weights[name].double() * (update.n_train / total)
-        # + 0.0 turns -0.0 into +0.0, which is all that the codec would change.
-        merged[name] = accumulated.to(first.dtype) + 0.0
+        merged[name] = torch.empty_like(first, memory_format=torch.contiguous_format)
+        flat = [update.weights[name].reshape(-1) for update in updates]
+        for piece in pieces(first.numel()):
+            accumulated = torch.zeros(len(flat[0][piece]), dtype=torch.float64)
+            for values, update in zip(flat, updates, strict=True):
+                accumulated += values[piece].double() * (update.n_train / total)
+            # + 0.0 turns -0.0 into +0.0, which is all that the codec would change.
+            merged[name].view(-1)[piece] = accumulated.to(first.dtype) + 0.0
     return merged
+
+
+def pieces(count: int) -> Iterator[slice]:
+    """Cut a tensor of ``count`` elements, so that its float64 copy never is there as a whole."""
+    for first in range(0, count, _PIECE):
+        yield slice(first, min(count, first + _PIECE))
 
 
 def guard_filters(

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparsekit.codec import inspect
-from sparsekit.fed.algorithm import Order, ServerState, is_prunable
+from sparsekit.fed.algorithm import Order, ServerState, is_prunable, pieces
 from sparsekit.fed.ledger import LedgerRow
 from sparsekit.fed.rounds import Answer
 from sparsekit.types import Masks, State
@@ -46,11 +46,15 @@ def weight_change(before: State, server: ServerState) -> float:
     for name, after in server.weights.items():
         if not is_prunable(name, after):
             continue
-        old = before[name].double()
-        if server.masks is not None and name in server.masks:
-            old = old * server.masks[name]
-        changed += float((after.double() - old).square().sum())
-        kept += float(old.square().sum())
+        masks = server.masks or {}
+        old, new = before[name].reshape(-1), after.reshape(-1)
+        mask = masks[name].reshape(-1) if name in masks else None
+        for piece in pieces(len(old)):
+            was = old[piece].double()
+            if mask is not None:
+                was = was * mask[piece]
+            changed += float((new[piece].double() - was).square().sum())
+            kept += float(was.square().sum())
     return math.sqrt(changed / kept) if kept else 0.0
 
 

@@ -87,7 +87,8 @@ def play_round(
     answers: dict[str, Answer] = {}
     failures: dict[str, Failure] = {}
     for site in sorted(hellos):
-        reply = replies[site]
+        # Once decoded it is not needed: of large models not all replies are held twice.
+        reply = replies.pop(site)
         lost = reply if isinstance(reply, Failure) else None
         data = b"" if isinstance(reply, Failure) else reply.data
         verdict = reply if isinstance(reply, Failure) else _judge(data, order, hellos[site], config)
@@ -184,7 +185,7 @@ def _down(
         direction="down",
         outcome=lost.outcome if lost and unsent else OUTCOME_OK,
         dense_equivalent_bytes=0 if unsent else dense_bytes,
-        message_bytes=len(messages.pack(to_control(order.plan), payload)),
+        message_bytes=len(messages.pack(to_control(order.plan))) + len(payload),
         payload_bytes=len(payload),
         travels=engine.travels,
         frame_bytes=engine.frame_bytes,

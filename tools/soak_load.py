@@ -22,7 +22,7 @@ SMALL = (*("--epochs", "1", "--batch", "2", "--width", "0.05", "--threads", "2")
 # 125 million weights; one step of plain SGD, for its optimizer holds nothing.
 LARGE = """
 strategy = "fedavg"
-rounds = 2
+rounds = 1
 epochs = 1
 batch = 1
 max_steps = 1
@@ -150,7 +150,7 @@ def many_sites(folder: Path) -> dict[str, Any]:
 
 
 def large_state(folder: Path) -> dict[str, Any]:
-    """Play 2 rounds of dense averaging with a model of 500 MB and 2 sites, one at a time."""
+    """Play a round of dense averaging with a model of 500 MB and 2 sites, one at a time."""
     config = folder / "large.toml"
     config.write_text(LARGE, encoding="utf-8")
     line = ("--cohort", make_cohort(folder, 8, 2), "--config", config)
