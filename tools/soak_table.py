@@ -161,6 +161,12 @@ def page(results: dict[str, Any]) -> str:
         "libraries that it shares with others in full, that of all together counts them once. "
         "The large model is trained dense, one step a site, one site at a time."
     )
+    if state := parts.get("state"):
+        times = [state[f"{who}_peak_bytes"] / state["state_bytes"] for who in ("server", "site")]
+        lines[-1] += (
+            f" Its peaks are {times[0]:.0f} times (server) and {times[1]:.0f} times (site) the bytes "
+            "of its weights; they come while the codec takes differences of the largest tensor."
+        )
     if kills := parts.get("kills"):
         when = ", ".join(f"{count} {name}" for name, count in kills["kills_when"].items())
         lines += [
