@@ -164,8 +164,8 @@ def page(results: dict[str, Any]) -> str:
     if state := parts.get("state"):
         times = [state[f"{who}_peak_bytes"] / state["state_bytes"] for who in ("server", "site")]
         lines[-1] += (
-            f" Its peaks are {times[0]:.0f} times (server) and {times[1]:.0f} times (site) the bytes "
-            "of its weights; they come while the codec takes differences of the largest tensor."
+            f" Its peaks are {times[0]:.0f} times (server) and {times[1]:.0f} times (site) the "
+            "bytes of its weights, while the codec takes differences of the largest tensor."
         )
     if kills := parts.get("kills"):
         when = ", ".join(f"{count} {name}" for name, count in kills["kills_when"].items())
