@@ -96,21 +96,21 @@ def newest_state(run: Path) -> dict[str, Any] | None:
     RunError
         If it is damaged.
     """
-    for _ in range(_READINGS):
-        rounds = saved_rounds(run)
-        if not rounds:
-            return None
+    readings = 0
+    while rounds := saved_rounds(run):
         folder = _folder(run, rounds[-1])
+        readings += 1
         try:
             state: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
             state["history"][-1]["round"]
             return state
-        except FileNotFoundError:
-            # A running server has removed it; a newer one is there.
-            continue
+        except FileNotFoundError as error:
+            # A running server has removed it, and a newer one is there.
+            if readings == _READINGS:
+                raise _damaged(folder, error) from error
         except (OSError, ValueError, TypeError, LookupError) as error:
             raise _damaged(folder, error) from error
-    raise _damaged(folder, FileNotFoundError(f"no {_STATE}"))
+    return None
 
 
 def load_newest(run: Path) -> Checkpoint | None:
