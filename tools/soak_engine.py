@@ -20,7 +20,7 @@ from sparsekit.fed.engines.framed import FRAME_BYTES
 from sparsekit.fed.engines.processes import ProcessesEngine, SiteProcess
 from sparsekit.fed.messages import FRAMING_BYTES
 
-ECHO = (sys.executable, str(Path(__file__).with_name("echo_site.py")))
+ECHO = (sys.executable, str(Path(__file__).with_name("soak_echo.py")))
 SITES = 8
 ROUNDS = 60
 KILLS = 12
