@@ -19,7 +19,7 @@ NEWEST_TRITON := 3.9.0
 BENCH := build/bench-cpu
 BENCH_FILES ?= ceilings topk block process conv step
 
-.PHONY: help install demo demo-seeds values trace fit-selector bench-cpu bench-codec fuzz check-kernels check-kernels-full test check format clean
+.PHONY: help install demo demo-seeds values trace fit-selector bench-cpu bench-codec soak fuzz check-kernels check-kernels-full test check format clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -67,6 +67,18 @@ trace: $(STAMP) ## weights of a FedSparsify run after each of 40 rounds, for cod
 
 fuzz: $(STAMP) ## five million damaged payloads for the decoder (about 6 minutes); writes docs/results/fuzz.json
 	$(BIN)/python tools/fuzz_codec.py --executions 5000000 --write
+
+# A part that fails does not keep the others from being played.
+soak: $(STAMP) ## the federation under load, its server killed 50 times (about 15 minutes); writes docs/results/soak.*
+	rm -rf build/soak
+	mkdir -p build/soak
+	-$(BIN)/python tools/soak_engine.py build/soak/engine
+	-$(BIN)/python tools/soak_load.py sites build/soak/sites
+	-$(BIN)/python tools/soak_load.py rounds build/soak/rounds
+	-$(BIN)/python tools/soak_load.py state build/soak/state
+	-$(BIN)/python tools/soak_kills.py build/soak/kills --kills 50 --seed 1 --rounds 400
+	$(BIN)/python tools/soak_table.py collect build/soak
+	$(BIN)/python tools/soak_table.py write
 
 fit-selector: $(STAMP) ## measure convolutions here and fit the model behind backend="auto"; docs/results/selector.json
 	$(BIN)/python tools/fit_selector.py
