@@ -1,7 +1,7 @@
 """What the history says of a round: errors, sparsity, bytes, how far the weights moved."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sparsekit.codec import inspect
@@ -16,9 +16,10 @@ def layer_sparsity(masks: Masks | None) -> dict[str, float]:
     return {name: 1.0 - float(mask.double().mean()) for name, mask in (masks or {}).items()}
 
 
-def sum_bytes(rows: list[LedgerRow], direction: str, level: str) -> int:
-    """Add up one level of bytes in one direction."""
-    return sum(getattr(row, level) for row in rows if row.direction == direction)
+def sum_bytes(rows: Iterable[LedgerRow], direction: str, level: str) -> int | None:
+    """Add up one level of bytes in one direction; None if any of them is not known."""
+    counts = [getattr(row, level) for row in rows if row.direction == direction]
+    return None if None in counts else sum(counts)
 
 
 def evaluation(answers: Mapping[str, Answer]) -> dict[str, Any]:

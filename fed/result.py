@@ -17,6 +17,7 @@ from sparsekit.fed.checkpoint import Checkpoint
 from sparsekit.fed.cohort.yardsticks import yardsticks
 from sparsekit.fed.config import RunConfig
 from sparsekit.fed.ledger import Ledger
+from sparsekit.fed.measures import sum_bytes
 from sparsekit.fed.prepare import Prepared
 
 LAYOUT = 1
@@ -105,13 +106,13 @@ def summarize(
     }
 
 
-def total_bytes(run: Path) -> dict[str, dict[str, int]]:
-    """Sum the run's ledger: bytes by direction and level."""
-    totals = {direction: dict.fromkeys(LEVELS, 0) for direction in ("down", "up")}
-    for row in Ledger(run / "ledger.jsonl"):
-        for level in LEVELS:
-            totals[row.direction][level] += getattr(row, f"{level}_bytes")
-    return totals
+def total_bytes(run: Path) -> dict[str, dict[str, int | None]]:
+    """Sum the run's ledger: bytes by direction and level, None where the engine hides them."""
+    rows = list(Ledger(run / "ledger.jsonl"))
+    return {
+        direction: {level: sum_bytes(rows, direction, f"{level}_bytes") for level in LEVELS}
+        for direction in ("down", "up")
+    }
 
 
 def read_predictions(run: Path) -> dict[str, npt.NDArray[Any]]:

@@ -55,7 +55,11 @@ def line_items(result: Mapping[str, Any]) -> dict[str, str]:
         "  dense float32 equivalent": format_bytes(
             down["dense_equivalent"] + up["dense_equivalent"]
         ),
-        "transport (payload, control, framing)": format_bytes(down["transport"] + up["transport"]),
+        "transport (payload, control, framing)": (
+            "not visible through this engine"
+            if down["transport"] is None or up["transport"] is None
+            else format_bytes(down["transport"] + up["transport"])
+        ),
         "training FLOPs counted": format_flops(result["flops"]["counted"]),
         "training FLOPs executed": format_flops(result["flops"]["executed"]),
         "wall clock of the rounds": f"{result['seconds']:.1f} s",

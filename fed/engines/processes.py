@@ -19,7 +19,8 @@ from urllib.parse import quote
 from sparsekit.errors import CodecError, RunError
 from sparsekit.fed import messages
 from sparsekit.fed.engines import framed
-from sparsekit.fed.engines.base import STALE, Answered, Failure, Reply, ask_all
+from sparsekit.fed.engines.answers import read_account
+from sparsekit.fed.engines.base import Answered, Failure, Reply, ask_all
 from sparsekit.fed.engines.framed import BrokenFrameError, Connection, Counts
 from sparsekit.fed.engines.site_process import SECRET, SERVER, THREADS
 
@@ -30,7 +31,6 @@ _GOODBYE_SECONDS = 5.0
 _START_SECONDS, _START_SECONDS_EACH = 120.0, 10.0
 # For one that lives and may be about to connect again.
 _MOMENT_SECONDS = 1.0
-_OUTCOMES = ("corrupt", "dead", STALE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +139,7 @@ class ProcessesEngine:
                 return Reply(frame.data, time.monotonic() - start)
             if frame.kind == framed.FAILURE:
                 received = connection.received - received
-                return dataclasses.replace(_failure(frame.data), received_bytes=received)
+                return dataclasses.replace(read_account(frame.data), received_bytes=received)
             outcome, detail = "corrupt", f"it sent a frame of kind {frame.kind} as its reply"
         except TimeoutError:
             outcome, detail = "late", f"no reply within {self._deadline:g} s"
@@ -320,14 +320,3 @@ class ProcessesEngine:
             for child in self._children.values():
                 child.kill()
                 child.wait()
-
-
-def _failure(data: bytes) -> Failure:
-    try:
-        control = messages.unpack(data).control
-        outcome, detail = control.get("outcome"), control.get("detail")
-    except CodecError as error:
-        return Failure("corrupt", str(error))
-    if outcome not in _OUTCOMES or not isinstance(detail, str):
-        return Failure("corrupt", "its account of a failure is not one")
-    return Failure(str(outcome), detail)

@@ -16,11 +16,9 @@ from urllib.parse import unquote
 
 import torch
 
-from sparsekit.errors import BaseMismatchError, CodecError, SparsekitError
-from sparsekit.fed import messages
 from sparsekit.fed.config import load_config_file, make_config
 from sparsekit.fed.engines import framed
-from sparsekit.fed.engines.base import STALE
+from sparsekit.fed.engines.answers import answer
 from sparsekit.fed.engines.framed import BrokenFrameError, Connection
 from sparsekit.fed.prepare import prepare_sites
 from sparsekit.fed.site import Site
@@ -71,24 +69,12 @@ def _serve(site: Site, connection: Connection, abandoned: Callable[[], bool]) ->
                 return True
             if frame.kind != framed.REQUEST:
                 return False
-            kind, data = _answer(site, frame.data, abandoned)
+            kind, data = answer(site, frame.data, abandoned)
             connection.send(kind, data)
     except EOFError:
         return False
     finally:
         connection.close()
-
-
-def _answer(site: Site, request: bytes, abandoned: Callable[[], bool]) -> tuple[int, bytes]:
-    try:
-        return framed.REPLY, site.handle(request, abandoned)
-    except BaseMismatchError as error:
-        outcome, detail = STALE, str(error)
-    except CodecError as error:
-        outcome, detail = "corrupt", str(error)
-    except (SparsekitError, OSError) as error:
-        outcome, detail = "dead", str(error)
-    return framed.FAILURE, messages.pack({"outcome": outcome, "detail": detail})
 
 
 if __name__ == "__main__":
