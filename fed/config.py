@@ -311,7 +311,7 @@ def make_config(*layers: Mapping[str, Any]) -> RunConfig:
             raise UsageError(f"{name}: unknown setting; known: {', '.join(sorted(hints))}")
         merged[name] = _as_type(name, value, hints[name])
     config = RunConfig(**({"cohort": ""} | merged))
-    if not config.cohort and not config.deployed:
+    if "cohort" not in merged and not config.deployed:
         raise UsageError("cohort: missing; give --cohort PATH or set cohort in the config file")
     require_extra(config.engine)
     if config.device == "cuda" and not torch.cuda.is_available():

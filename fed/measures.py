@@ -25,6 +25,7 @@ def sum_bytes(rows: Iterable[LedgerRow], direction: str, level: str) -> int | No
 def evaluation(answers: Mapping[str, Answer]) -> dict[str, Any]:
     """Combine the sites' errors on their held-out people, in years."""
     sites: dict[str, float | None] = {}
+    counts: dict[str, int] = {}
     total = 0.0
     people = 0
     diverged = False
@@ -35,10 +36,17 @@ def evaluation(answers: Mapping[str, Answer]) -> dict[str, Any]:
             sites[site] = None
         elif report.test_n:
             sites[site] = report.test_abs_error_sum / report.test_n
+            counts[site] = report.test_n
             total += report.test_abs_error_sum
             people += report.test_n
     mae = total / people if people and not diverged else None
-    return {"test_mae": mae, "test_n": people, "site_mae": sites}
+    return {
+        "test_mae": mae,
+        "test_n": people,
+        "site_mae": sites,
+        "site_n": counts,
+        "train_n": sum(answer.report.n_train for answer in answers.values()),
+    }
 
 
 def weight_change(before: State, server: ServerState) -> float:

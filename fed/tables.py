@@ -30,14 +30,16 @@ def line_items(result: Mapping[str, Any]) -> dict[str, str]:
     accuracy, sparsity = result["accuracy"], result["sparsity"]
     down, up = result["bytes"]["down"], result["bytes"]["up"]
     data = result["data"]
-    mean_mae = result["yardsticks"]["mean predictor"]["test_mae"]
+    yardsticks = result["yardsticks"]
+    mean_mae = yardsticks["mean predictor"]["test_mae"] if yardsticks else None
+    origins = {True: "synthetic", False: "as given", None: "of the sites, not seen here"}
     items = {
         "strategy": result["config"]["strategy"],
         "seed": f"{result['config']['seed']} (one run)",
-        "data": "synthetic" if data["synthetic"] else "as given",
+        "data": origins[data["synthetic"]],
         "test MAE": f"{accuracy['test_mae']:.2f} years",
     }
-    for name, one in result["yardsticks"].items():
+    for name, one in yardsticks.items():
         items[f"  beside it: {name}"] = f"{one['test_mae']:.2f} years"
     items |= {
         # Where all people are of one age, the mean predictor makes no error.
@@ -45,9 +47,11 @@ def line_items(result: Mapping[str, Any]) -> dict[str, str]:
             f"{accuracy['test_mae'] / mean_mae:.3f}" if mean_mae else "-"
         ),
         "people trained on / held out": f"{data['train_n']} / {data['test_n']}",
-        "scans left out": str(data["skipped"]),
+        "scans left out": "-" if data["skipped"] is None else str(data["skipped"]),
         "sites": str(data["sites"]),
-        "ages": f"{data['age_min']:.0f} to {data['age_max']:.0f}",
+        "ages": (
+            "-" if data["age_min"] is None else f"{data['age_min']:.0f} to {data['age_max']:.0f}"
+        ),
         "final sparsity, prunable weights": f"{sparsity['prunable']:.2%}",
         "final sparsity, all weights": f"{sparsity['all']:.2%}",
         "payload down": format_bytes(down["payload"]),

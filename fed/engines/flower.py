@@ -21,13 +21,14 @@ from sparsekit.fed.engines.relayed import BRIDGE_FILE, JOB_FILE
 
 PROGRAM = "sparsekit.fed.engines.flower"
 _CONNECTION = "sparsekit"
+# Each look is a process of its own.
+_WATCH_SECONDS = 10.0
 _APP = """[project]
 name = "sparsekit-relay"
 version = "1.0.0"
 license = "Apache-2.0"
 [tool.flwr.app]
 publisher = "sparsekit"
-fab-format-version = 1
 [tool.flwr.app.components]
 serverapp = "sparsekit.fed.engines.flower_app:server"
 clientapp = "sparsekit.fed.engines.flower_app:client"
@@ -82,26 +83,28 @@ def main(folder: Path) -> None:
         "run", str(folder / "app"), _CONNECTION, "--format", "json",
         "-c", " ".join(f"{name}={value}" for name, value in settings.items()),
     )  # fmt: skip
-    _watch(str(started["run-id"]))
+    _watch(str(started["run-id"]), ours_to_stop=job["mode"] == "deployed")
 
 
-def _watch(run: str) -> None:
-    """Wait for the end of the run; stop it if we are told to end."""
+def _watch(run: str, *, ours_to_stop: bool) -> None:
+    """Wait for the end of the run; stop it, if it goes on, once we are told to end."""
 
     def stop(_signal: int, _frame: object) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
     try:
-        while True:
-            found = _flwr("list", _CONNECTION, "--run-id", run, "--format", "json")
-            status = found["runs"][0]["status"]
-            if str(status).startswith("finished"):
-                print(f"run {run}: {status}", flush=True)
-                return
-            time.sleep(2.0)
+        while not _is_finished(run):
+            time.sleep(_WATCH_SECONDS)
     except KeyboardInterrupt:
-        _flwr("stop", run, _CONNECTION, "--format", "json")
+        if ours_to_stop and not _is_finished(run):
+            _flwr("stop", run, _CONNECTION, "--format", "json")
+
+
+def _is_finished(run: str) -> bool:
+    found = _flwr("list", _CONNECTION, "--run-id", run, "--format", "json")
+    status = str(found["runs"][0]["status"])
+    return status.startswith("finished")
 
 
 def _start_superlink(folder: Path, address: str, certificates: str) -> None:
@@ -165,6 +168,8 @@ def _flwr(*arguments: str) -> dict[str, Any]:
         raise SystemExit(f"flwr {arguments[0]}: {done.stdout}{done.stderr}")
     start = done.stdout.find("{")
     found: dict[str, Any] = json.loads(done.stdout[start:]) if start >= 0 else {}
+    if found.get("success") is False:
+        raise SystemExit(f"flwr {arguments[0]}: {done.stdout}{done.stderr}")
     return found
 
 

@@ -7,6 +7,7 @@ so that it is there at once.
 """
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ from pathlib import Path
 
 MARK = "SPARSEKIT_ENGINE_FOLDER"
 _PATIENCE_SECONDS = 30.0
+_SET_CHILD_SUBREAPER = 36  # of Linux's prctl
 
 
 def processes_of(folder: Path) -> list[int]:
@@ -48,6 +50,8 @@ def main(arguments: list[str]) -> int:
     # Ended by the end of its input only: whoever is killed, this stays to tidy up.
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)
+    # Orphans become children of this process, which can then see them end.
+    ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     folder, command = Path(arguments[0]), arguments[1:]
     child = subprocess.Popen(
         command,
@@ -74,6 +78,9 @@ def main(arguments: list[str]) -> int:
     code = 0 if closed.is_set() else child.returncode
     end_processes_of(folder)
     child.wait()
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.waitpid(-1, 0)
     shutil.rmtree(folder, ignore_errors=True)
     return code
 
