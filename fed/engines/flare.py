@@ -51,6 +51,8 @@ def main(folder: Path) -> None:
         client=Client(),
         min_clients=len(job["clients"]),
     )
+    # Else parts of the package would travel with the job, and hide the one that is installed.
+    recipe.finalize().set_app_packages(["sparsekit"])
     if job["mode"] == "simulator":
         env = SimEnv(
             clients=job["clients"],

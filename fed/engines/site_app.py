@@ -39,7 +39,7 @@ class SiteSettings:
     Attributes
     ----------
     cohort : str
-        The site's BIDS tree or CSV.
+        The site's BIDS tree or CSV. This and the folders may be relative to the file's folder.
     folder : str
         Where the site keeps predictions and its cache; they never leave it.
     site : str
@@ -77,10 +77,14 @@ def load_site_settings(path: Path) -> SiteSettings:
         if name not in known:
             raise UsageError(f"site file: {path}: {name} is unknown; known: {', '.join(known)}")
         if type(value) is not known[name]:
-            raise UsageError(f"site file: {path}: {name}: expected a {known[name]}, got {value!r}")
+            kind = "whole number" if known[name] is int else "text"
+            raise UsageError(f"site file: {path}: {name}: expected a {kind}, got {value!r}")
     for name in ("cohort", "folder"):
         if name not in given:
             raise UsageError(f"site file: {path}: {name} is missing")
+    for name in ("cohort", "folder", "cache"):
+        if given.get(name):
+            given[name] = str(path.absolute().parent / given[name])
     return SiteSettings(**given)
 
 
