@@ -1,7 +1,7 @@
 """What NVIDIA FLARE runs: a server that passes bytes on, and a client that answers them.
 
-FLARE copies this file into the job, but imports the installed package, which every site needs in the
-same version.
+FLARE copies this file into the job, but imports the installed package, which every site needs in
+the same version.
 """
 
 import os
