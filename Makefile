@@ -18,7 +18,9 @@ endef
 BENCH := build/bench-cpu
 BENCH_FILES ?= ceilings topk block process conv step
 
-.PHONY: help install demo demo-seeds values trace fit-selector bench-cpu bench-codec fuzz test check format clean
+BANDWIDTH := build/bandwidth
+
+.PHONY: help install demo demo-seeds values trace fit-selector bench-cpu bench-codec fuzz bandwidth test test-engines check format clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -95,8 +97,19 @@ $(BENCH)/trained/result.json: bench/trained.toml | $(STAMP)
 	$(BIN)/sparsekit cohort make $(BENCH)/cohort --subjects 32 --sites 4 --resolution 2 --workers 2
 	$(BIN)/sparsekit fed run --cohort $(BENCH)/cohort --out $(BENCH)/trained --config bench/trained.toml
 
+bandwidth: $(STAMP) ## rounds over 20 Mbit/s, dense against sparse (3 minutes, as root); writes docs/results/bandwidth.*
+	rm -rf $(BANDWIDTH)
+	mkdir -p $(BANDWIDTH)
+	$(BIN)/sparsekit cohort make $(BANDWIDTH)/cohort --subjects 16 --sites 2 --resolution 4
+	$(BIN)/python tools/measure_bandwidth.py $(BANDWIDTH)/measured.json --cohort $(BANDWIDTH)/cohort
+	$(BIN)/python tools/bandwidth_table.py collect $(BANDWIDTH)/measured.json
+	$(BIN)/python tools/bandwidth_table.py write
+
 test: $(STAMP) ## the whole test suite
 	$(BIN)/python -m pytest
+
+test-engines: $(STAMP) ## the slow tests of the flare and flower engines (about 10 minutes; some need root)
+	$(BIN)/python -m pytest -m engines tests/engines
 
 check: $(STAMP) ## format, lint, types
 	$(BIN)/ruff format --check .

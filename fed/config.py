@@ -310,8 +310,10 @@ def make_config(*layers: Mapping[str, Any]) -> RunConfig:
         if name not in hints:
             raise UsageError(f"{name}: unknown setting; known: {', '.join(sorted(hints))}")
         merged[name] = _as_type(name, value, hints[name])
-    config = RunConfig(**({"cohort": ""} | merged))
-    if "cohort" not in merged and not config.deployed:
+    given = "cohort" in merged
+    merged.setdefault("cohort", "")
+    config = RunConfig(**merged)
+    if not given and not config.deployed:
         raise UsageError("cohort: missing; give --cohort PATH or set cohort in the config file")
     require_extra(config.engine)
     if config.device == "cuda" and not torch.cuda.is_available():

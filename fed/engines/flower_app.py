@@ -72,7 +72,9 @@ def answer(message: Message, context: Context) -> Message:
     if is_introduction(request):
         context.state[_INTRODUCTION] = ConfigRecord({_KEY: request})
     elif _INTRODUCTION in context.state:
-        app.answer(bytes(context.state.config_records[_INTRODUCTION][_KEY]))
+        known = context.state.config_records[_INTRODUCTION][_KEY]
+        assert isinstance(known, bytes)
+        app.answer(known)
     return Message(_record(app.answer(request)), reply_to=message)
 
 
