@@ -158,7 +158,9 @@ def read_predictions(run: Path) -> dict[str, npt.NDArray[Any]]:
         with path.open(newline="", encoding="utf-8") as stream:
             rows += csv.DictReader(stream)
     if not rows:
-        raise RunError(f"run: {run} has no predictions; is it finished?")
+        raise RunError(
+            f"run: {run} has no predictions; is it finished, and are its sites on this machine?"
+        )
     # A site that missed the final hand-out still has its predictions of an earlier model.
     newest = max(int(row["round"]) for row in rows)
     rows = [row for row in rows if int(row["round"]) == newest]

@@ -19,6 +19,8 @@ from sparsekit.fed.engines.site_app import SITE_FILE
 PROGRAM = "sparsekit.fed.engines.flare"
 _JOB = "sparsekit"
 _FINISHED = "FINISHED"
+# For a job whose server side has been told goodbye.
+_END_SECONDS = 20.0
 
 
 def client_names(count: int) -> list[str]:
@@ -80,8 +82,12 @@ def _watch(run: Any, *, ours_to_abort: bool) -> None:
         while not str(run.get_status() or "").startswith(_FINISHED):
             time.sleep(1.0)
     except KeyboardInterrupt:
-        if ours_to_abort and not str(run.get_status() or "").startswith(_FINISHED):
-            run.abort()
+        end = time.monotonic() + _END_SECONDS
+        while ours_to_abort and not str(run.get_status() or "").startswith(_FINISHED):
+            if time.monotonic() > end:
+                run.abort()
+                return
+            time.sleep(1.0)
 
 
 if __name__ == "__main__":

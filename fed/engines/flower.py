@@ -23,6 +23,8 @@ PROGRAM = "sparsekit.fed.engines.flower"
 _CONNECTION = "sparsekit"
 # Each look is a process of its own.
 _WATCH_SECONDS = 10.0
+# For a run whose server side has been told goodbye.
+_END_SECONDS = 15.0
 _APP = """[project]
 name = "sparsekit-relay"
 version = "1.0.0"
@@ -97,8 +99,12 @@ def _watch(run: str, *, ours_to_stop: bool) -> None:
         while not _is_finished(run):
             time.sleep(_WATCH_SECONDS)
     except KeyboardInterrupt:
-        if ours_to_stop and not _is_finished(run):
-            _flwr("stop", run, _CONNECTION, "--format", "json")
+        end = time.monotonic() + _END_SECONDS
+        while ours_to_stop and not _is_finished(run):
+            if time.monotonic() > end:
+                _flwr("stop", run, _CONNECTION, "--format", "json")
+                return
+            time.sleep(1.0)
 
 
 def _is_finished(run: str) -> bool:

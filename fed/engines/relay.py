@@ -52,8 +52,17 @@ def serve(bridge: Path, sites: Sequence[str], ask: Ask) -> None:
         start = time.monotonic()
         try:
             answer = ask(site, message.payload, seconds)
-            control["seconds"] = time.monotonic() - start
-            kind, data = framed.REPLY, messages.pack(control, answer)
+            # A reply holds a model as the request does, coded in another way or not at all.
+            most = 16 * len(message.payload) + (1 << 24)
+            if len(answer) > most:
+                said = f"a reply of {len(answer)} bytes, at most {most} are taken"
+                kind, data = (
+                    framed.FAILURE,
+                    messages.pack(control | {"outcome": "corrupt", "detail": said}),
+                )
+            else:
+                control["seconds"] = time.monotonic() - start
+                kind, data = framed.REPLY, messages.pack(control, answer)
         except TimeoutError:
             detail = f"no reply within {seconds:g} s"
             kind, data = framed.FAILURE, messages.pack(

@@ -109,6 +109,7 @@ class RelayedEngine:
         }
         for name, text in written.items():
             (self.folder / name).parent.mkdir(exist_ok=True)
+            (self.folder / name).touch(0o600)
             (self.folder / name).write_text(text, encoding="utf-8")
         with (run / LOG_FILE).open("ab") as log:
             self._child = subprocess.Popen(
@@ -117,7 +118,7 @@ class RelayedEngine:
                     *(sys.executable, "-P", minder.__file__, str(self.folder)),
                     *(sys.executable, "-m", program, str(self.folder)),
                 ],
-                env=_environment(),
+                env=environment(),
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -131,7 +132,8 @@ class RelayedEngine:
         Raises
         ------
         RunError
-            If one does not come, or one that nobody expects does.
+            If one does not come, or two have the same name. Sites that nobody expects are left
+            alone.
         """
         self._connection, engine_names = self._greet(time.monotonic() + self._start_seconds)
         threading.Thread(target=self._receive, args=(self._connection,), daemon=True).start()
@@ -144,21 +146,26 @@ class RelayedEngine:
             lambda _: None,
         )
         hellos: dict[str, bytes] = {}
+        others: list[str] = []
         for engine_name, reply in sorted(replies.items()):
             if isinstance(reply, Failure):
-                raise RunError(f"site {engine_name}: {reply.detail}; see {self._run / LOG_FILE}")
+                others.append(f"{engine_name}: {reply.detail}")
+                continue
             try:
                 name = str(messages.unpack(reply.data).control.get("site"))
             except CodecError as error:
-                raise RunError(f"site {engine_name}: its introduction: {error}") from None
-            if name not in self._sizes or name in hellos:
-                why = "is there twice" if name in hellos else "is not expected"
-                known = ", ".join(self._sizes)
-                raise RunError(f"site {name} ({engine_name}) {why}; sites of this run: {known}")
+                others.append(f"{engine_name}: {error}")
+                continue
+            if name in hellos:
+                raise RunError(f"sites: {self._names[name]} and {engine_name} both say {name!r}")
+            if name not in self._sizes:
+                others.append(f"{engine_name}: says that it is {name!r}")
+                continue
             hellos[name], self._names[name] = reply.data, engine_name
         missing = [name for name in self._sizes if name not in hellos]
         if missing:
-            raise RunError(f"sites: {', '.join(missing)} did not come; see {self._run / LOG_FILE}")
+            said = "; ".join([*others, f"see {self._run / LOG_FILE}"])
+            raise RunError(f"sites: {', '.join(missing)} did not come; {said}")
         return hellos
 
     def _greet(self, until: float) -> tuple[Connection, list[str]]:
@@ -232,7 +239,8 @@ class RelayedEngine:
 
     def _receive(self, connection: Connection) -> None:
         """Hand every answer to the one who waits for it."""
-        with contextlib.suppress(BrokenFrameError, CodecError, EOFError, OSError):
+        broken = (BrokenFrameError, CodecError, EOFError, OSError, KeyError, ValueError)
+        with contextlib.suppress(*broken):
             while (frame := connection.receive(most=MOST_BYTES)).kind != framed.BYE:
                 message = messages.unpack(frame.data)
                 with self._lock:
@@ -293,8 +301,8 @@ def _reply(kind: int, message: messages.Message) -> Reply | Failure:
     return Reply(data[1:], float(control.get("seconds", 0.0)))
 
 
-def _environment() -> dict[str, str]:
-    """Let programs be found beside this Python, and nothing call home."""
+def environment() -> dict[str, str]:
+    """Return that of what is started: programs are found beside this Python, none calls home."""
     beside = str(Path(sys.executable).parent)
     return os.environ | {
         "PATH": f"{beside}{os.pathsep}{os.environ.get('PATH', os.defpath)}",

@@ -1,6 +1,7 @@
 """docs/two-machines.md, command by command, on machines that are network namespaces."""
 
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -27,9 +28,12 @@ def write_files(network: Network, cohort: Path, heading: str) -> None:
         (folder / "site.toml").write_text(site_file, encoding="utf-8")
     for block in blocks_of(PAGE, heading):
         if block.language != "bash":
+            # The page names the setting in its text; it belongs to the last table.
+            table = re.search(r"^\[(flare|flower)\]$", block.text, re.MULTILINE)
+            more = 'interface = "eth0"\n' if table else ""
             path = network["server"].folder / block.place
             path.parent.mkdir(exist_ok=True)
-            path.write_text(block.text, encoding="utf-8")
+            path.write_text(block.text + more, encoding="utf-8")
 
 
 def play(network: Network, heading: str, *, until: str, after: str = "") -> None:
@@ -97,6 +101,12 @@ def check_run(network: Network, settings: str, cohort: Path, tmp_path: Path) -> 
         assert result["bytes"][direction]["transport"] is None
     assert result["accuracy"]["test_mae"] == pytest.approx(ours["accuracy"]["test_mae"])
     assert result["accuracy"]["site_n"] == ours["accuracy"]["site_n"]
+    exchanges = json.loads((run / "interface.json").read_text())
+    assert len(exchanges) == 3
+    for one in exchanges:
+        # Nothing but the federation uses this link, which ends at the server.
+        assert one["interface_sent_bytes"] > one["request_bytes"]
+        assert one["interface_received_bytes"] > one["reply_bytes"]
     assert not list(run.glob("sites/*/predictions.csv"))
     for name in SITES:
         assert (network[name].folder / "results" / "predictions.csv").exists()

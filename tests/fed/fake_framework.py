@@ -40,6 +40,8 @@ def main(folder: Path) -> None:
         if fault == "server":
             os.kill(os.getpid(), signal.SIGKILL)
         answer = apps[site].answer(request)
+        if fault == "huge":
+            return answer + bytes(17 * len(request) + (1 << 24))
         return {"empty": b"", "other": b"\x63" + answer, "cut": answer[:-1]}.get(fault, answer)
 
     serve(folder / BRIDGE_FILE, list(apps), ask)

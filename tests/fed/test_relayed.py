@@ -16,7 +16,7 @@ import pytest
 
 from sparsekit.errors import MissingExtraError, RunError, UsageError
 from sparsekit.fed.config import RunConfig, dump_config, load_config_file, make_config
-from sparsekit.fed.engines import flare, framed, minder, options
+from sparsekit.fed.engines import flare, framed, minder, options, relayed
 from sparsekit.fed.engines.framed import Connection
 from sparsekit.fed.engines.relayed import RelayedEngine
 from sparsekit.fed.engines.site_app import SiteApp, introduction
@@ -95,7 +95,7 @@ def test_sites_that_fail_are_out_for_one_round(
     # Each is asked for its introduction first.
     fake["faults"] = {
         "site-1 2": "gone", "site-2 3": "late", "site-3 3": "other", "site-1 4": "cut",
-        "site-3 4": "empty",
+        "site-3 4": "empty", "site-2 5": "huge",
     }  # fmt: skip
     config = make(tiny_cohort, quorum=0.3, deadline=2.0, rounds=4)
     start_run(config, tmp_path / "r", cache=tiny_cache)
@@ -106,7 +106,7 @@ def test_sites_that_fail_are_out_for_one_round(
     }
     assert outcomes == {
         ("a", 1): "dead", ("b", 2): "late", ("c/d", 2): "corrupt", ("a", 3): "corrupt",
-        ("c/d", 3): "corrupt",
+        ("c/d", 3): "corrupt", ("b", 4): "corrupt",
     }  # fmt: skip
 
 
@@ -189,7 +189,7 @@ def test_strangers_on_this_machine_are_turned_away(tmp_path: Path) -> None:
     assert not one.folder.exists()
 
 
-def test_sites_nobody_expects_are_refused(
+def test_who_comes_is_compared_with_who_is_expected(
     fake: dict[str, Any], tiny_cohort: Path, tiny_cache: Path, tmp_path: Path
 ) -> None:
     del fake
@@ -198,20 +198,23 @@ def test_sites_nobody_expects_are_refused(
     files = {
         f"sites/site-{n}.toml": f'cohort = {cohort}\nsite = "{site}"\n'
         f"cache = {json.dumps(str(tiny_cache))}\nfolder = {json.dumps(str(tmp_path / site))}\n"
-        for n, site in ((1, "a"), (2, "b"))
+        for n, site in ((1, "a"), (2, "b"), (3, "a"))
     }
-    job = {"clients": ["site-1", "site-2"]}
-    for sizes, match in (
-        ({"a": 1}, "site b .* is not expected"),
-        ({"a": 1, "b": 1, "c": 1}, "c did"),
+    for clients, sizes, match in (
+        (["site-1", "site-2"], {"a": 1, "c": 1}, "sites: c did not come; site-2: .* 'b'"),
+        (["site-1", "site-3"], {"a": 1}, "site-1 and site-3 both say 'a'"),
+        (["site-1", "site-2"], {"a": 1}, None),
     ):
         one = RelayedEngine(
-            "tests.fed.fake_framework", job, files, run=tmp_path, sizes=sizes, workers=2,
-            introduction=introduction(config, 4, 1), deadline=60.0, start_seconds=60.0,
+            "tests.fed.fake_framework", {"clients": clients}, files, run=tmp_path, sizes=sizes,
+            workers=2, introduction=introduction(config, 4, 1), deadline=60.0, start_seconds=60.0,
         )  # fmt: skip
         try:
-            with pytest.raises(RunError, match=match):
-                one.hello()
+            if match is None:
+                assert list(one.hello()) == ["a"]
+            else:
+                with pytest.raises(RunError, match=match):
+                    one.hello()
         finally:
             one.close()
 
@@ -223,6 +226,13 @@ def test_a_missing_extra_says_how_to_install_it(
     monkeypatch.setattr(options, "find_spec", lambda _: None)
     with pytest.raises(MissingExtraError, match=rf"pip install 'sparsekit3d\[{engine_name}\]'"):
         make(tiny_cohort, engine=engine_name)
+
+
+def test_nothing_that_is_started_calls_home() -> None:
+    environment = relayed.environment()
+    assert environment["FLWR_TELEMETRY_ENABLED"] == "0"
+    assert environment["FLWR_DISABLE_UPDATE_CHECK"] == "1"
+    assert environment["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
 
 
 def test_frameworks_are_imported_only_when_named() -> None:
