@@ -108,7 +108,7 @@ bandwidth: $(STAMP) ## rounds over 20 Mbit/s, dense against sparse (3 minutes, a
 test: $(STAMP) ## the whole test suite
 	$(BIN)/python -m pytest
 
-test-engines: $(STAMP) ## the slow tests of the flare and flower engines (about 10 minutes; some need root)
+test-engines: $(STAMP) ## the slow tests of the flare and flower engines (about 6 minutes; some need root)
 	$(BIN)/python -m pytest -m engines tests/engines
 
 check: $(STAMP) ## format, lint, types

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import tomllib
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,12 +57,16 @@ def ours(mark: str) -> list[str]:
     return found
 
 
+def skip_without(engine: str) -> None:
+    if find_spec(PACKAGES[engine]) is None:
+        pytest.skip(f"{PACKAGES[engine]} is not installed: pip install 'sparsekit3d[{engine}]'")
+
+
 def check(
     engine: str, table: str, cohort: Path, models: dict[str, bytes], folder: Path
 ) -> dict[str, object]:
     """Run one command where there is no network but loopback, and compare."""
-    if find_spec(PACKAGES[engine]) is None:
-        pytest.skip(f"{PACKAGES[engine]} is not installed: pip install 'sparsekit3d[{engine}]'")
+    skip_without(engine)
     (folder / "c.toml").write_text(SETTINGS + table)
     for name in ("home", "temporary"):
         (folder / name).mkdir()
@@ -124,3 +129,38 @@ def test_with_certificates(
     log = (tmp_path / "r" / "engine.log").read_text(encoding="utf-8", errors="replace")
     if engine == "flower":
         assert "https://127.0.0.1" in log
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("engine", ["flare", "flower"])
+def test_a_killed_run_leaves_nothing_and_resumes(
+    engine: str, two_sites: Path, models: dict[str, bytes], tmp_path: Path
+) -> None:
+    skip_without(engine)
+    (tmp_path / "c.toml").write_text(SETTINGS)
+    run, program = tmp_path / "r", str(Path(sys.executable).parent / "sparsekit")
+    mark = ("SPARSEKIT_TEST", str(tmp_path))
+    environment = os.environ | dict([mark])
+    server = subprocess.Popen(
+        [
+            *(program, "fed", "run", "--engine", engine, "--cohort", str(two_sites)),
+            *("--config", str(tmp_path / "c.toml"), "--out", str(run)),
+        ],
+        env=environment,
+        start_new_session=True,
+    )
+    end = time.monotonic() + DEADLINE_SECONDS
+    while not (run / "checkpoints" / "round-00001").exists():
+        assert server.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    server.kill()
+    server.wait()
+    while left := ours("=".join(mark)):
+        assert time.monotonic() < end, left
+        time.sleep(0.2)
+    subprocess.run(
+        [program, "fed", "resume", str(run)], env=environment, check=True, timeout=DEADLINE_SECONDS
+    )
+    assert (run / "model.spu").read_bytes() == models["inprocess"]
+    assert ours("=".join(mark)) == []
