@@ -4,6 +4,7 @@ The file belongs to the site's administrator. What the sites must have in common
 of the split, comes with the run's first request.
 """
 
+import itertools
 import threading
 import tomllib
 from collections.abc import Mapping
@@ -120,14 +121,17 @@ class SiteApp:
         self.settings = load_site_settings(path)
         self._keeps_model = keeps_model
         self._site: Site | None = None
+        self._threads = 1
+        self._numbers = itertools.count()
         self._newest = 0
         self._turn = threading.Lock()
 
     def answer(self, request: bytes) -> bytes:
         """Return the answer to a request; a newer one ends the work on an older one."""
-        self._newest += 1
-        number = self._newest
+        number = self._newest = next(self._numbers)
         with self._turn:
+            # Of this thread, too: a framework may bring another one each time.
+            torch.set_num_threads(self._threads)
             kind, data = self._answer(request, number)
         return bytes([kind]) + data
 
@@ -151,7 +155,7 @@ class SiteApp:
         threads = own.threads or shared.get("threads")
         if not isinstance(threads, int) or not 1 <= threads <= 1024:
             raise UsageError(f"threads: expected 1 to 1024, got {threads!r}")
-        # A process of a framework may have more to do than this.
+        self._threads = threads
         torch.set_num_threads(threads)
         known = {name: shared[name] for name in _SHARED if name in shared}
         config = make_config(known, {"cohort": own.cohort, "device": own.device})
