@@ -73,8 +73,13 @@ def line_items(result: Mapping[str, Any]) -> dict[str, str]:
 
 def difference_cells(runs: Sequence[Path]) -> list[str]:
     """Return each run's paired difference to the first, as text."""
+    # Of people on other machines only sums are known, and nothing can be paired.
+    here = [load_result(run)["data"]["age_min"] is not None for run in runs]
     cells = ["-"]
-    for run in runs[1:]:
+    for run, known in zip(runs[1:], here[1:], strict=True):
+        if not (known and here[0]):
+            cells.append("-")
+            continue
         found = paired_difference(run, runs[0])
         cells.append(f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}] years")
     return cells

@@ -24,7 +24,8 @@ def main(folder: Path) -> None:
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], cwd="/")
     if job.get("ends"):
         raise SystemExit("no server today")
-    apps = {name: SiteApp(folder / "sites" / f"{name}.toml") for name in job["clients"]}
+    files = Path(job.get("site_files", folder / "sites"))
+    apps = {name: SiteApp(files / f"{name}.toml") for name in job["clients"]}
     asked = dict.fromkeys(apps, 0)
     lock = threading.Lock()
 

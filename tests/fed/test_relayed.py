@@ -21,6 +21,7 @@ from sparsekit.fed.engines.framed import Connection
 from sparsekit.fed.engines.relayed import RelayedEngine
 from sparsekit.fed.engines.site_app import SiteApp, introduction
 from sparsekit.fed.ledger import Ledger, LedgerRow
+from sparsekit.fed.report import write_report
 from sparsekit.fed.runner import resume_run, start_run
 
 SMALL: dict[str, Any] = {
@@ -87,6 +88,41 @@ def test_the_same_bits_and_what_is_not_known_is_null(
     assert len(exchanges) == 4
     for one in exchanges:
         assert one["interface_sent_bytes"] >= one["request_bytes"] + one["reply_bytes"]
+
+
+def test_the_server_needs_no_scans_where_sites_have_their_own(
+    fake: dict[str, Any], tiny_cohort: Path, tiny_cache: Path, tmp_path: Path
+) -> None:
+    # Each computes with one thread, as in the run in one process.
+    own = make(tiny_cohort, engine="inprocess")
+    expected = start_run(own, tmp_path / "one", cache=tiny_cache)
+    (tmp_path / "kit" / "startup").mkdir(parents=True)
+    (tmp_path / "files").mkdir()
+    for number, site in enumerate(("b", "c/d", "a"), start=1):
+        (tmp_path / f"files/site-{number}.toml").write_text(
+            f"cohort = {json.dumps(str(tiny_cohort))}\nsite = {json.dumps(site)}\n"
+            f'folder = "results-{number}"\ncache = {json.dumps(str(tiny_cache))}\n'
+        )
+    fake["site_files"] = str(tmp_path / "files")
+    far = {"mode": "production", "sites": ["a", "b", "c/d"], "admin": str(tmp_path / "kit")}
+    config = make_config(SMALL | {"engine": "flare", "threads": 1, "flare": far})
+    run = tmp_path / "far"
+    result = start_run(config, run)
+    assert (run / "model.spu").read_bytes() == (tmp_path / "one/model.spu").read_bytes()
+    for name in ("site_mae", "site_n", "test_n"):
+        assert result["accuracy"][name] == pytest.approx(expected["accuracy"][name])
+    assert result["accuracy"]["test_mae"] == pytest.approx(expected["accuracy"]["test_mae"])
+    for name in ("sites", "train_n", "test_n", "grid"):
+        assert result["data"][name] == expected["data"][name]
+    assert result["data"]["age_min"] is result["accuracy"]["test_r"] is None
+    assert not (run / "sites").exists()
+    assert (tmp_path / "files/results-3/predictions.csv").exists()
+    write_report([run], run / "report.html")
+    page = (run / "report.html").read_text()
+    assert "of the sites, not seen here" in page
+    assert "Predicted against true age" not in page
+    write_report([tmp_path / "one", run], run / "both.html")
+    assert resume_run(run)["accuracy"] == result["accuracy"]
 
 
 def test_sites_that_fail_are_out_for_one_round(
