@@ -109,9 +109,7 @@ def _check(
 ) -> None:
     modes = (*local, deployed)
     if options.mode not in modes:
-        raise UsageError(
-            f"{table}.mode: expected one of {', '.join(modes)}; got {options.mode!r}"
-        )  # fmt: skip
+        raise UsageError(f"{table}.mode: expected one of {', '.join(modes)}; got {options.mode!r}")
     for name in ("sites", needed):
         if options.deployed and not getattr(options, name):
             raise UsageError(f"{table}.{name}: missing; mode {deployed} needs it")

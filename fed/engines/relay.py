@@ -65,9 +65,10 @@ def serve(bridge: Path, sites: Sequence[str], ask: Ask) -> None:
                 kind, data = framed.REPLY, messages.pack(control, answer)
         except TimeoutError:
             detail = f"no reply within {seconds:g} s"
-            kind, data = framed.FAILURE, messages.pack(
-                control | {"outcome": "late", "detail": detail}
-            )  # fmt: skip
+            kind, data = (
+                framed.FAILURE,
+                messages.pack(control | {"outcome": "late", "detail": detail}),
+            )
         except Exception as error:
             # A framework's errors are of many kinds; this site is out, the others are not.
             control |= {"outcome": "dead", "detail": f"{type(error).__name__}: {error}"[:2000]}

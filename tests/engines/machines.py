@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 _BLOCK = re.compile(r"^```(\S+) (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -42,7 +42,6 @@ class Machine:
     namespace: str
     folder: Path
     prelude: str = ""
-    started: list[int] = field(default_factory=list)
 
     def command(self, text: str) -> list[str]:
         script = f"set -euo pipefail\n{self.prelude}{text}"

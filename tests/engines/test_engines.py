@@ -36,9 +36,7 @@ def models(two_sites: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     root = tmp_path_factory.mktemp("own")
     found = {}
     for engine in ("inprocess", "processes"):
-        config = make_config(
-            tomllib.loads(SETTINGS), {"cohort": str(two_sites), "engine": engine}
-        )  # fmt: skip
+        config = make_config(tomllib.loads(SETTINGS), {"cohort": str(two_sites), "engine": engine})
         start_run(config, root / engine, cache=root / "cache")
         found[engine] = (root / engine / "model.spu").read_bytes()
     return found
