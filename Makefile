@@ -19,7 +19,9 @@ NEWEST_TRITON := 3.9.0
 BENCH := build/bench-cpu
 BENCH_FILES ?= ceilings topk block process conv step
 
-.PHONY: help install demo demo-seeds values trace fit-selector bench-cpu bench-codec soak fuzz check-kernels check-kernels-full test check format clean
+BANDWIDTH := build/bandwidth
+
+.PHONY: help install demo demo-seeds values trace fit-selector bench-cpu bench-codec soak fuzz bandwidth check-kernels check-kernels-full test test-engines check format clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -125,8 +127,19 @@ check-kernels-full: $(TTSEM) ## the same for all tile sizes, and the newest Trit
 	$(BIN)/python tools/check_kernels.py --whole
 	$(BIN)/python tools/kernels_table.py write
 
+bandwidth: $(STAMP) ## rounds over 20 Mbit/s, dense against sparse (3 minutes, as root); writes docs/results/bandwidth.*
+	rm -rf $(BANDWIDTH)
+	mkdir -p $(BANDWIDTH)
+	$(BIN)/sparsekit cohort make $(BANDWIDTH)/cohort --subjects 16 --sites 2 --resolution 4
+	$(BIN)/python tools/measure_bandwidth.py $(BANDWIDTH)/measured.json --cohort $(BANDWIDTH)/cohort
+	$(BIN)/python tools/bandwidth_table.py collect $(BANDWIDTH)/measured.json
+	$(BIN)/python tools/bandwidth_table.py write
+
 test: $(STAMP) ## the whole test suite
 	$(BIN)/python -m pytest
+
+test-engines: $(STAMP) ## the slow tests of the flare and flower engines (about 6 minutes; some need root)
+	$(BIN)/python -m pytest -m engines tests/engines
 
 check: $(STAMP) ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -13,10 +13,16 @@ import torch
 
 from sparsekit.codec.core import Level, Values
 from sparsekit.errors import UsageError
+from sparsekit.fed.engines.options import (
+    FlareOptions,
+    FlowerOptions,
+    options_of,
+    require_extra,
+)
 from sparsekit.types import Size3
 
 STRATEGIES = ("centralized", "fedavg", "fedsparsify-global", "fedsparsify-local")
-ENGINES = ("processes", "inprocess")
+ENGINES = ("processes", "inprocess", "flare", "flower")
 SCOPES = ("global", "layer", "erk")
 NORMALISATIONS = ("brain-zscore", "volume-zscore", "percentile")
 OPTIMIZERS = ("sgd", "adamw")
@@ -100,6 +106,9 @@ class RunConfig:
         Seconds within which a site's process must have replied; a later one is out for the round.
     keep_checkpoints : int
         How many of the newest checkpoints stay on disk; 0 keeps every round's.
+    flare, flower : FlareOptions, FlowerOptions or None
+        Of these engines; a table each in the TOML file. Where the sites are other machines there
+        is no ``cohort``: each has its own (docs/two-machines.md).
     """
 
     cohort: str
@@ -145,12 +154,15 @@ class RunConfig:
     device: str = "cpu"
     seed: int = 0
     keep_checkpoints: int = 2
+    flare: FlareOptions | None = None
+    flower: FlowerOptions | None = None
 
     def __post_init__(self) -> None:
         if any("\ud800" <= letter <= "\udfff" for letter in self.cohort):
             raise UsageError(f"cohort: {self.cohort!r} is not UTF-8; rename that file or folder")
         _choice("strategy", self.strategy, STRATEGIES)
         _choice("engine", self.engine, ENGINES)
+        self._check_deployment()
         _choice("scope", self.scope, SCOPES)
         _choice("normalisation", self.normalisation, NORMALISATIONS)
         _choice("optimizer", self.optimizer, OPTIMIZERS)
@@ -199,6 +211,25 @@ class RunConfig:
                 f"rounds: expected more than prune_start = {self.prune_start}, got {self.rounds}: "
                 "the first pruning comes at the end of the round after it. Raise --rounds."
             )
+
+    def _check_deployment(self) -> None:
+        if not self.deployed:
+            return
+        if self.cohort:
+            raise UsageError(
+                "cohort: not with sites on other machines, which say where their scans are "
+                f"themselves; got {self.cohort}"
+            )
+        if self.strategy == "centralized":
+            raise UsageError("strategy: centralized would have to pool the scans of all machines")
+        if self.resolution is None:
+            raise UsageError("resolution: missing; sites on other machines need one, 2 or 4 (mm)")
+
+    @property
+    def deployed(self) -> bool:
+        """Whether the sites are other machines, with scans that the server does not see."""
+        options = {"flare": self.flare, "flower": self.flower}.get(self.engine)
+        return options is not None and options.deployed
 
     def box(self, resolution: int) -> tuple[Size3, Size3]:
         """Return first voxel and extent of the part of the grid that is trained on."""
@@ -290,14 +321,20 @@ def make_config(*layers: Mapping[str, Any]) -> RunConfig:
         merged.update(layer)
     if merged.get("paper") is True:
         merged = {**PAPER_PRESET, **merged}
+    for name, kind in (("flare", FlareOptions), ("flower", FlowerOptions)):
+        if name in merged:
+            merged[name] = options_of(kind, name, merged[name])
     hints = get_type_hints(RunConfig)
     for name, value in merged.items():
         if name not in hints:
             raise UsageError(f"{name}: unknown setting; known: {', '.join(sorted(hints))}")
         merged[name] = _as_type(name, value, hints[name])
-    if "cohort" not in merged:
-        raise UsageError("cohort: missing; give --cohort PATH or set cohort in the config file")
+    given = "cohort" in merged
+    merged.setdefault("cohort", "")
     config = RunConfig(**merged)
+    if not given and not config.deployed:
+        raise UsageError("cohort: missing; give --cohort PATH or set cohort in the config file")
+    require_extra(config.engine)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             "device: torch can use no GPU here (see `sparsekit doctor`); choose --device cpu"
@@ -343,13 +380,16 @@ def load_config_file(path: Path) -> dict[str, Any]:
 def dump_config(config: RunConfig) -> str:
     """Write the settings as TOML; a setting of None is left out."""
     lines = ["# Settings of this run. Change nothing here: `sparsekit fed resume` reads it."]
+    tables: list[str] = []
     for name, value in dataclasses.asdict(config).items():
-        if value is not None:
+        if isinstance(value, dict):
+            tables += [f"[{name}]", *(f"{key} = {_toml(one)}" for key, one in value.items())]
+        elif value is not None:
             lines.append(f"{name} = {_toml(value)}")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + tables) + "\n"
 
 
-def _toml(value: str | float | bool) -> str:
+def _toml(value: str | float | bool | tuple[str, ...]) -> str:
     # JSON's numbers, booleans and most strings are TOML's too. JSON would write an emoji as two
     # halves, which TOML forbids, and leave the control code 127 as it is.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

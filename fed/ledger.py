@@ -37,7 +37,8 @@ class LedgerRow:
         4 bytes for each weight of the model, what an uncompressed float32 message would carry.
     payload_bytes, control_bytes, framing_bytes, transport_bytes : int
         The codec's bytes, our other bytes, the message headers, and their sum. All are 0 in a
-        centralized run, where nothing has to travel.
+        centralized run, where nothing has to travel. Framing and transport are None where the
+        engine hides its sockets.
     kernel_bytes : int or None
         What the operating system counted on the socket; None where there is none.
     flops_counted, flops_executed : int
@@ -52,8 +53,8 @@ class LedgerRow:
     dense_equivalent_bytes: int
     payload_bytes: int
     control_bytes: int
-    framing_bytes: int
-    transport_bytes: int
+    framing_bytes: int | None
+    transport_bytes: int | None
     kernel_bytes: int | None
     flops_counted: int
     flops_executed: int
@@ -69,7 +70,7 @@ def message_row(
     message_bytes: int,
     payload_bytes: int,
     travels: bool,
-    frame_bytes: int = 0,
+    frame_bytes: int | None = 0,
     carried_bytes: int | None = None,
     seconds: float = 0.0,
     flops_counted: int = 0,
@@ -81,10 +82,11 @@ def message_row(
     ends with its payload.
     """
     # No message, no frame: a site that is gone sends neither.
-    whole = frame_bytes + message_bytes if message_bytes else 0
+    frame = frame_bytes or 0
+    whole = frame + message_bytes if message_bytes else 0
     total = whole if carried_bytes is None else carried_bytes
     payload = max(0, payload_bytes - max(0, whole - total))
-    framing = min(total, frame_bytes + FRAMING_BYTES)
+    framing = min(total, frame + FRAMING_BYTES)
     if not travels:
         total = payload = framing = 0
     return LedgerRow(
@@ -96,8 +98,8 @@ def message_row(
         dense_equivalent_bytes=dense_equivalent_bytes if travels else 0,
         payload_bytes=payload,
         control_bytes=total - framing - payload,
-        framing_bytes=framing,
-        transport_bytes=total,
+        framing_bytes=None if frame_bytes is None else framing,
+        transport_bytes=None if frame_bytes is None else total,
         kernel_bytes=None,
         flops_counted=flops_counted,
         flops_executed=flops_executed,

@@ -1,7 +1,7 @@
 """What the history says of a round: errors, sparsity, bytes, how far the weights moved."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sparsekit.codec import inspect
@@ -16,14 +16,16 @@ def layer_sparsity(masks: Masks | None) -> dict[str, float]:
     return {name: 1.0 - float(mask.double().mean()) for name, mask in (masks or {}).items()}
 
 
-def sum_bytes(rows: list[LedgerRow], direction: str, level: str) -> int:
-    """Add up one level of bytes in one direction."""
-    return sum(getattr(row, level) for row in rows if row.direction == direction)
+def sum_bytes(rows: Iterable[LedgerRow], direction: str, level: str) -> int | None:
+    """Add up one level of bytes in one direction; None if any of them is not known."""
+    counts = [getattr(row, level) for row in rows if row.direction == direction]
+    return None if None in counts else sum(counts)
 
 
 def evaluation(answers: Mapping[str, Answer]) -> dict[str, Any]:
     """Combine the sites' errors on their held-out people, in years."""
     sites: dict[str, float | None] = {}
+    counts: dict[str, int] = {}
     total = 0.0
     people = 0
     diverged = False
@@ -34,10 +36,17 @@ def evaluation(answers: Mapping[str, Answer]) -> dict[str, Any]:
             sites[site] = None
         elif report.test_n:
             sites[site] = report.test_abs_error_sum / report.test_n
+            counts[site] = report.test_n
             total += report.test_abs_error_sum
             people += report.test_n
     mae = total / people if people and not diverged else None
-    return {"test_mae": mae, "test_n": people, "site_mae": sites}
+    return {
+        "test_mae": mae,
+        "test_n": people,
+        "site_mae": sites,
+        "site_n": counts,
+        "train_n": sum(answer.report.n_train for answer in answers.values()),
+    }
 
 
 def weight_change(before: State, server: ServerState) -> float:

@@ -110,6 +110,18 @@ def prepare_sites(
     return Prepared(sites, resolution, skipped, is_synthetic(scans[0].path))
 
 
+def prepare_elsewhere(config: RunConfig) -> Prepared:
+    """Return what the server knows where the sites are other machines: the grid, no scans.
+
+    Parameters
+    ----------
+    config : RunConfig
+        Its ``resolution`` is set.
+    """
+    assert config.resolution is not None
+    return Prepared(sites=[], resolution=config.resolution, skipped=[], synthetic=False)
+
+
 def _copies(caches: Iterable[SiteData], config: RunConfig) -> dict[str, Problem]:
     """Find scans that stand under several names: they could be trained on and tested on at once.
 

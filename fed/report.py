@@ -5,7 +5,7 @@ import html
 import io
 import warnings
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, compress
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -73,8 +73,12 @@ def write_report(runs: Sequence[Path], path: Path) -> None:
             ("Error against rounds, bytes and computation", _progress(results, labels)),
             ("Sparsity by layer", _layers(results, labels)),
             ("Error by site", _sites(results, labels)),
-            ("Predicted against true age", _scatter(runs, labels)),
         ]
+        # Of other machines' people only sums are known.
+        here = [r["data"]["age_min"] is not None for r in results]
+        if any(here):
+            scatter = _scatter(list(compress(runs, here)), list(compress(labels, here)))
+            figures.append(("Predicted against true age", scatter))
         images = [(title, _as_image(figure)) for title, figure in figures]
     title = "sparsekit: " + " and ".join(names)
     parts = [

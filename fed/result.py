@@ -1,6 +1,7 @@
 """What a finished run says in numbers: accuracy and yardsticks, bytes, FLOPs, time, machine."""
 
 import csv
+import math
 import os
 import platform
 from dataclasses import asdict
@@ -17,6 +18,7 @@ from sparsekit.fed.checkpoint import Checkpoint
 from sparsekit.fed.cohort.yardsticks import yardsticks
 from sparsekit.fed.config import RunConfig
 from sparsekit.fed.ledger import Ledger
+from sparsekit.fed.measures import sum_bytes
 from sparsekit.fed.prepare import Prepared
 
 LAYOUT = 1
@@ -45,46 +47,19 @@ def summarize(
     RunError
         If the final model predicts no finite ages.
     """
-    people = read_predictions(run)
-    error = np.abs(people["predicted"] - people["age"])
-    if not np.isfinite(error).all():
+    server = final.server
+    last = final.history[-1]
+    found = _as_reported(final) if config.deployed else _from_people(run, prepared)
+    if not found["accuracy"]["test_n"] or not math.isfinite(found["accuracy"]["test_mae"]):
         raise RunError(
             f"run: the final model of {run} predicts no finite ages: the training diverged. Start "
             "a new run with a lower --lr."
         )
-    sites = prepared.sites
-    measured = yardsticks([site.train for site in sites], [site.test for site in sites])
-    server = final.server
-    last = final.history[-1]
-    ages = np.concatenate([site.train.ages for site in sites] + [people["age"]])
+    found["data"]["grid"] = list(server.in_shape)
     return {
         "layout": LAYOUT,
         "config": {k: v for k, v in asdict(config).items() if v is not None},
-        "accuracy": {
-            "test_mae": float(error.mean()),
-            "test_r": _correlation(people["predicted"], people["age"]),
-            "test_n": len(error),
-            "site_mae": {
-                str(site): float(error[people["site"] == site].mean())
-                for site in sorted(set(people["site"]))
-            },
-            "site_n": {
-                str(site): int((people["site"] == site).sum())
-                for site in sorted(set(people["site"]))
-            },
-        },
-        "yardsticks": {name: {"test_mae": one.mae} for name, one in measured.items()},
-        "data": {
-            "sites": len(sites),
-            "train_n": sum(len(site.train) for site in sites),
-            "test_n": len(error),
-            "skipped": len(prepared.skipped),
-            "synthetic": prepared.synthetic,
-            "age_min": float(ages.min()),
-            "age_max": float(ages.max()),
-            "preprocessing": sites[0].preprocessing_id,
-            "grid": list(server.in_shape),
-        },
+        **found,
         "sparsity": {
             "prunable": last["sparsity_prunable"],
             "all": last["sparsity_all"],
@@ -105,13 +80,69 @@ def summarize(
     }
 
 
-def total_bytes(run: Path) -> dict[str, dict[str, int]]:
-    """Sum the run's ledger: bytes by direction and level."""
-    totals = {direction: dict.fromkeys(LEVELS, 0) for direction in ("down", "up")}
-    for row in Ledger(run / "ledger.jsonl"):
-        for level in LEVELS:
-            totals[row.direction][level] += getattr(row, f"{level}_bytes")
-    return totals
+def _from_people(run: Path, prepared: Prepared) -> dict[str, Any]:
+    """Compute accuracy and yardsticks from scans and predictions, where both are here."""
+    people = read_predictions(run)
+    error = np.abs(people["predicted"] - people["age"])
+    sites = prepared.sites
+    measured = yardsticks([site.train for site in sites], [site.test for site in sites])
+    ages = np.concatenate([site.train.ages for site in sites] + [people["age"]])
+    names = sorted(set(people["site"]))
+    return {
+        "accuracy": {
+            "test_mae": float(error.mean()),
+            "test_r": _correlation(people["predicted"], people["age"]),
+            "test_n": len(error),
+            "site_mae": {str(site): float(error[people["site"] == site].mean()) for site in names},
+            "site_n": {str(site): int((people["site"] == site).sum()) for site in names},
+        },
+        "yardsticks": {name: {"test_mae": one.mae} for name, one in measured.items()},
+        "data": {
+            "sites": len(sites),
+            "train_n": sum(len(site.train) for site in sites),
+            "test_n": len(error),
+            "skipped": len(prepared.skipped),
+            "synthetic": prepared.synthetic,
+            "age_min": float(ages.min()),
+            "age_max": float(ages.max()),
+            "preprocessing": sites[0].preprocessing_id,
+        },
+    }
+
+
+def _as_reported(final: Checkpoint) -> dict[str, Any]:
+    """Take the sites' sums: scans, ages and predictions are on other machines, and stay there."""
+    last = final.history[-1]
+    mae = last["test_mae"]
+    return {
+        "accuracy": {
+            "test_mae": math.nan if mae is None else mae,
+            "test_r": None,
+            "test_n": last["test_n"],
+            "site_mae": last["site_mae"],
+            "site_n": last["site_n"],
+        },
+        "yardsticks": {},
+        "data": {
+            "sites": len(final.contents),
+            "train_n": last["train_n"],
+            "test_n": last["test_n"],
+            "skipped": None,
+            "synthetic": None,
+            "age_min": None,
+            "age_max": None,
+            "preprocessing": None,
+        },
+    }
+
+
+def total_bytes(run: Path) -> dict[str, dict[str, int | None]]:
+    """Sum the run's ledger: bytes by direction and level, None where the engine hides them."""
+    rows = list(Ledger(run / "ledger.jsonl"))
+    return {
+        direction: {level: sum_bytes(rows, direction, f"{level}_bytes") for level in LEVELS}
+        for direction in ("down", "up")
+    }
 
 
 def read_predictions(run: Path) -> dict[str, npt.NDArray[Any]]:
@@ -127,7 +158,9 @@ def read_predictions(run: Path) -> dict[str, npt.NDArray[Any]]:
         with path.open(newline="", encoding="utf-8") as stream:
             rows += csv.DictReader(stream)
     if not rows:
-        raise RunError(f"run: {run} has no predictions; is it finished?")
+        raise RunError(
+            f"run: {run} has no predictions; is it finished, and are its sites on this machine?"
+        )
     # A site that missed the final hand-out still has its predictions of an earlier model.
     newest = max(int(row["round"]) for row in rows)
     rows = [row for row in rows if int(row["round"]) == newest]

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from sparsekit.fed.checkpoint import Checkpoint, resume_command
 from sparsekit.fed.config import RunConfig, dump_config, load_config_file, make_config
 from sparsekit.fed.engines.base import Engine
 from sparsekit.fed.engines.inprocess import InProcessEngine
+from sparsekit.fed.engines.opening import open_relayed
 from sparsekit.fed.engines.processes import ProcessesEngine, SiteProcess
 from sparsekit.fed.ledger import OUTCOME_OK, Ledger, message_row
 from sparsekit.fed.measures import (
@@ -34,10 +35,10 @@ from sparsekit.fed.measures import (
 )
 from sparsekit.fed.participation import drawn_sites
 from sparsekit.fed.plan import Hello, from_control
-from sparsekit.fed.prepare import pool_sites, prepare_sites
+from sparsekit.fed.prepare import Prepared, pool_sites, prepare_elsewhere, prepare_sites
 from sparsekit.fed.result import summarize
 from sparsekit.fed.rounds import QuorumError, play_round
-from sparsekit.fed.site import Site, SitePeople
+from sparsekit.fed.site import Site
 from sparsekit.fed.storage import remove_leftovers, write_atomically, write_json
 from sparsekit.fed.watching import Logged, open_log
 from sparsekit.fed.watching import Silent as Silent
@@ -89,9 +90,8 @@ def start_run(
             f"out: {run} already holds something; choose another folder, or continue it with "
             f"{resume_command(run)}"
         )
-    source = Path(config.cohort)
-    if not source.exists():
-        raise UsageError(f"cohort: no such file or folder: {source}")
+    if not config.deployed and not Path(config.cohort).exists():
+        raise UsageError(f"cohort: no such file or folder: {config.cohort}")
     run.mkdir(parents=True, exist_ok=True)
     write_atomically(run / CONFIG_FILE, dump_config(config).encode())
     try:
@@ -189,12 +189,15 @@ def _play_logged(
     text = "sparsekit %s, process %d, strategy %s, engine %s"
     log.info(text, __version__, os.getpid(), config.strategy, config.engine)
     remove_leftovers(run)
-    prepared = prepare_sites(config, cache, watcher.preparing)
-    sites = prepared.sites
+    if config.deployed:
+        prepared = prepare_elsewhere(config)
+    else:
+        prepared = prepare_sites(config, cache, watcher.preparing)
     for problem in prepared.skipped:
         watcher.notice(f"skipped {problem.path}: {problem.detail}")
-    drawn_sites(config, 1, [site.name for site in sites])
-    engine = _engine(config, run, cache, sites, log)
+    if not config.deployed:
+        drawn_sites(config, 1, [site.name for site in prepared.sites])
+    engine = _engine(config, run, cache, prepared, log)
     try:
         final = _loop(config, run, engine, prepared.resolution, watcher)
     finally:
@@ -216,9 +219,13 @@ def _keep_connections(path: Path, closed: list[dict[str, Any]]) -> None:
 
 
 def _engine(
-    config: RunConfig, run: Path, cache: Path, sites: Sequence[SitePeople], log: logging.Logger
-) -> InProcessEngine | ProcessesEngine:
+    config: RunConfig, run: Path, cache: Path, prepared: Prepared, log: logging.Logger
+) -> Engine:
+    sites = prepared.sites
     pooled = config.strategy == "centralized"
+    if config.engine in ("flare", "flower") and not pooled:
+        folders = [site_folder(run, site.name) for site in sites]
+        return open_relayed(config, run, cache, sites, folders, prepared.resolution)
     if config.engine == "processes" and not pooled:
         return ProcessesEngine(
             [SiteProcess(s.name, len(s.train), site_folder(run, s.name)) for s in sites],

@@ -69,7 +69,8 @@ class Site:
         self.data = data
         self.folder = folder
         self.device = torch.device(device)
-        self._held: dict[str, Tensor] | None = None
+        self.held: dict[str, Tensor] | None = None
+        """The model received last."""
 
     def hello(self) -> bytes:
         """Return the message that introduces the site."""
@@ -97,13 +98,13 @@ class Site:
         plan = from_control(TrainPlan, message.control)
         model = build_model(plan)
         template = {name: p.detach() for name, p in model.named_parameters()}
-        base = self._held
+        base = self.held
         weights = decode(message.payload, base=base, template=template)
         masks: dict[str, Tensor] | None = None
         if plan.masked:
             kept = decode_masks(message.payload, base=base)
             masks = {name: kept[name] for name in maskable_names(weights, paper=plan.paper)}
-        self._held = weights
+        self.held = weights
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(weights[name])

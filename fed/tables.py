@@ -30,14 +30,16 @@ def line_items(result: Mapping[str, Any]) -> dict[str, str]:
     accuracy, sparsity = result["accuracy"], result["sparsity"]
     down, up = result["bytes"]["down"], result["bytes"]["up"]
     data = result["data"]
-    mean_mae = result["yardsticks"]["mean predictor"]["test_mae"]
+    yardsticks = result["yardsticks"]
+    mean_mae = yardsticks["mean predictor"]["test_mae"] if yardsticks else None
+    origins = {True: "synthetic", False: "as given", None: "of the sites, not seen here"}
     items = {
         "strategy": result["config"]["strategy"],
         "seed": f"{result['config']['seed']} (one run)",
-        "data": "synthetic" if data["synthetic"] else "as given",
+        "data": origins[data["synthetic"]],
         "test MAE": f"{accuracy['test_mae']:.2f} years",
     }
-    for name, one in result["yardsticks"].items():
+    for name, one in yardsticks.items():
         items[f"  beside it: {name}"] = f"{one['test_mae']:.2f} years"
     items |= {
         # Where all people are of one age, the mean predictor makes no error.
@@ -45,9 +47,11 @@ def line_items(result: Mapping[str, Any]) -> dict[str, str]:
             f"{accuracy['test_mae'] / mean_mae:.3f}" if mean_mae else "-"
         ),
         "people trained on / held out": f"{data['train_n']} / {data['test_n']}",
-        "scans left out": str(data["skipped"]),
+        "scans left out": "-" if data["skipped"] is None else str(data["skipped"]),
         "sites": str(data["sites"]),
-        "ages": f"{data['age_min']:.0f} to {data['age_max']:.0f}",
+        "ages": (
+            "-" if data["age_min"] is None else f"{data['age_min']:.0f} to {data['age_max']:.0f}"
+        ),
         "final sparsity, prunable weights": f"{sparsity['prunable']:.2%}",
         "final sparsity, all weights": f"{sparsity['all']:.2%}",
         "payload down": format_bytes(down["payload"]),
@@ -55,7 +59,11 @@ def line_items(result: Mapping[str, Any]) -> dict[str, str]:
         "  dense float32 equivalent": format_bytes(
             down["dense_equivalent"] + up["dense_equivalent"]
         ),
-        "transport (payload, control, framing)": format_bytes(down["transport"] + up["transport"]),
+        "transport (payload, control, framing)": (
+            "not visible through this engine"
+            if down["transport"] is None or up["transport"] is None
+            else format_bytes(down["transport"] + up["transport"])
+        ),
         "training FLOPs counted": format_flops(result["flops"]["counted"]),
         "training FLOPs executed": format_flops(result["flops"]["executed"]),
         "wall clock of the rounds": f"{result['seconds']:.1f} s",
@@ -65,8 +73,13 @@ def line_items(result: Mapping[str, Any]) -> dict[str, str]:
 
 def difference_cells(runs: Sequence[Path]) -> list[str]:
     """Return each run's paired difference to the first, as text."""
+    # Of people on other machines only sums are known, and nothing can be paired.
+    here = [load_result(run)["data"]["age_min"] is not None for run in runs]
     cells = ["-"]
-    for run in runs[1:]:
+    for run, known in zip(runs[1:], here[1:], strict=True):
+        if not (known and here[0]):
+            cells.append("-")
+            continue
         found = paired_difference(run, runs[0])
         cells.append(f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}] years")
     return cells

@@ -44,8 +44,8 @@ class Engine(Protocol):
         ...
 
     @property
-    def frame_bytes(self) -> int:
-        """What the engine itself adds to each message on its way."""
+    def frame_bytes(self) -> int | None:
+        """What the engine itself adds to each message on its way; None where it is not known."""
         ...
 
     def hello(self) -> dict[str, bytes]:

@@ -20,7 +20,8 @@ from urllib.parse import quote
 from sparsekit.errors import CodecError, RunError
 from sparsekit.fed import messages
 from sparsekit.fed.engines import framed
-from sparsekit.fed.engines.base import STALE, Answered, Failure, Reply, ask_all
+from sparsekit.fed.engines.answers import read_account
+from sparsekit.fed.engines.base import Answered, Failure, Reply, ask_all
 from sparsekit.fed.engines.framed import BrokenFrameError, Connection, Counts
 from sparsekit.fed.engines.nursery import ForkedProcess, Nursery, can_fork
 from sparsekit.fed.engines.site_process import SECRET, SERVER, THREADS
@@ -32,7 +33,6 @@ _GOODBYE_SECONDS = 5.0
 _START_SECONDS, _START_SECONDS_EACH = 120.0, 10.0
 # For one that lives and may be about to connect again.
 _MOMENT_SECONDS = 1.0
-_OUTCOMES = ("corrupt", "dead", STALE)
 SITE_COMMAND = (sys.executable, "-m", "sparsekit.fed.engines.site_process")
 _NO_LOG = logging.Logger("sparsekit.fed.engines.processes")
 _NO_LOG.addHandler(logging.NullHandler())
@@ -155,7 +155,7 @@ class ProcessesEngine:
             if frame.kind == framed.FAILURE:
                 received = connection.received - received
                 return dataclasses.replace(
-                    _failure(frame.data),
+                    read_account(frame.data),
                     received_bytes=received,
                     seconds=time.monotonic() - start,
                 )
@@ -356,14 +356,3 @@ class ProcessesEngine:
                 child.wait()
             if self._nursery is not None:
                 self._nursery.close(max(1.0, until - time.monotonic()))
-
-
-def _failure(data: bytes) -> Failure:
-    try:
-        control = messages.unpack(data).control
-        outcome, detail = control.get("outcome"), control.get("detail")
-    except CodecError as error:
-        return Failure("corrupt", str(error))
-    if outcome not in _OUTCOMES or not isinstance(detail, str):
-        return Failure("corrupt", "its account of a failure is not one")
-    return Failure(str(outcome), detail)

@@ -17,11 +17,9 @@ from urllib.parse import unquote
 
 import torch
 
-from sparsekit.errors import BaseMismatchError, CodecError, SparsekitError
-from sparsekit.fed import messages
 from sparsekit.fed.config import load_config_file, make_config
 from sparsekit.fed.engines import framed
-from sparsekit.fed.engines.base import STALE
+from sparsekit.fed.engines.answers import answer, read_account
 from sparsekit.fed.engines.framed import BrokenFrameError, Connection
 from sparsekit.fed.prepare import prepare_sites
 from sparsekit.fed.site import Site
@@ -81,28 +79,18 @@ def _serve(site: Site, connection: Connection, abandoned: Callable[[], bool]) ->
             if frame.kind != framed.REQUEST:
                 return False
             start = time.monotonic()
-            kind, data = _answer(site, frame.data, abandoned)
+            kind, data = answer(site, frame.data, abandoned)
             seconds = time.monotonic() - start
             sizes = len(frame.data), len(data)
             _log.info("request of %d bytes, answer of %d bytes after %.3f s", *sizes, seconds)
+            if kind == framed.FAILURE:
+                failure = read_account(data)
+                _log.warning("%s: %s", failure.outcome, failure.detail)
             connection.send(kind, data)
     except EOFError:
         return False
     finally:
         connection.close()
-
-
-def _answer(site: Site, request: bytes, abandoned: Callable[[], bool]) -> tuple[int, bytes]:
-    try:
-        return framed.REPLY, site.handle(request, abandoned)
-    except BaseMismatchError as error:
-        outcome, detail = STALE, str(error)
-    except CodecError as error:
-        outcome, detail = "corrupt", str(error)
-    except (SparsekitError, OSError) as error:
-        outcome, detail = "dead", str(error)
-    _log.warning("%s: %s", outcome, detail)
-    return framed.FAILURE, messages.pack({"outcome": outcome, "detail": detail})
 
 
 def _log_to_stderr() -> None:

@@ -20,6 +20,8 @@ _LIBRARIES = ("torch", "numpy", "scipy", "nibabel", "numba", "triton", "zstandar
 _EXTRAS = {
     "report": ("matplotlib",),
     "bench": ("pytest_benchmark",),
+    "flare": ("nvflare",),
+    "flower": ("flwr",),
 }
 _SPARSITIES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99)
 

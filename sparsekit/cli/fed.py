@@ -53,7 +53,8 @@ def run_command(
     ] = None,
     level: Annotated[str | None, typer.Option(help="Of the codec: fast | balanced | small")] = None,
     engine: Annotated[
-        str | None, typer.Option(help="processes (one a site, over TCP; default) | inprocess")
+        str | None,
+        typer.Option(help="processes (one a site, over TCP; default) | inprocess | flare | flower"),
     ] = None,
     deadline: Annotated[
         float | None, typer.Option(help="Seconds in which a site's process must reply.")
@@ -120,7 +121,8 @@ def run_command(
     line = {name: value for name, value in given.items() if value is not None}
     settings = make_config(load_config_file(config) if config else {}, line)
     # Absolute, so that the run can be resumed from any folder.
-    settings = dataclasses.replace(settings, cohort=str(Path(settings.cohort).absolute()))
+    if settings.cohort:
+        settings = dataclasses.replace(settings, cohort=str(Path(settings.cohort).absolute()))
     keep_freed_memory()
     with _resumable(out), LiveWatcher(settings.strategy) as watcher:
         result = start_run(settings, out, cache=cache, watcher=watcher)

@@ -105,7 +105,7 @@ WIRES: dict[str, Callable[[socket.socket], object]] = {
 
 def main() -> None:
     faults: dict[str, str] = json.loads(sys.argv[1]).get(unquote(sys.argv[4]), {})
-    good = site_process._answer
+    good = site_process.answer
     wire: list[str] = []
 
     def answer(site: Site, request: bytes, abandoned: Callable[[], bool]) -> tuple[int, bytes]:
@@ -124,7 +124,7 @@ def main() -> None:
             else:
                 super().send(kind, data, until=until)
 
-    for name, value in (("_answer", answer), ("Connection", Hostile)):
+    for name, value in (("answer", answer), ("Connection", Hostile)):
         setattr(site_process, name, value)
     site_process.main(sys.argv[2:])
 

@@ -315,6 +315,7 @@ def test_what_was_never_sent_counts_no_bytes(state: ServerState) -> None:
         payload, 0, payload, max(0, payload - whole + 200), payload, payload - 10,
     ]  # fmt: skip
     for row in outcome.rows:
+        assert row.framing_bytes is not None
         assert min(row.payload_bytes, row.control_bytes, row.framing_bytes) >= 0
         levels = row.payload_bytes + row.control_bytes + row.framing_bytes
         assert levels == row.transport_bytes

@@ -45,8 +45,8 @@ def assert_same_but_for_whole_models(run: Path, whole: Path, number: int) -> Non
     for ours, theirs in zip(without_times(run), without_times(whole), strict=True):
         if (ours.direction, ours.round) == ("down", number):
             assert ours.payload_bytes >= theirs.payload_bytes
-            assert ours.transport_bytes - ours.payload_bytes == (
-                theirs.transport_bytes - theirs.payload_bytes
+            assert (ours.transport_bytes or 0) - ours.payload_bytes == (
+                (theirs.transport_bytes or 0) - theirs.payload_bytes
             )
             same: dict[str, Any] = {"payload_bytes": 0, "transport_bytes": 0}
             ours, theirs = (dataclasses.replace(row, **same) for row in (ours, theirs))
@@ -71,7 +71,7 @@ def test_result_adds_up(finished: Path) -> None:
             )
             assert result["bytes"][direction][level] == expected
     for row in account:
-        parts = row.payload_bytes + row.control_bytes + row.framing_bytes
+        parts = row.payload_bytes + row.control_bytes + (row.framing_bytes or 0)
         assert row.transport_bytes == parts
         assert row.kernel_bytes is None
     counted = sum(row.flops_counted for row in account)

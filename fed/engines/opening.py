@@ -1,0 +1,66 @@
+"""From a run's settings to the engine of another framework."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sparsekit.fed.config import RunConfig
+from sparsekit.fed.engines import flare, flower
+from sparsekit.fed.engines.options import FlareOptions, FlowerOptions
+from sparsekit.fed.engines.relayed import RelayedEngine, site_files, torch_threads
+from sparsekit.fed.engines.site_app import introduction
+from sparsekit.fed.site import SitePeople
+
+
+def open_relayed(
+    config: RunConfig,
+    run: Path,
+    cache: Path,
+    sites: Sequence[SitePeople],
+    folders: Sequence[Path],
+    resolution: int,
+) -> RelayedEngine:
+    """Start the framework that ``config.engine`` names.
+
+    Parameters
+    ----------
+    config : RunConfig
+    run, cache : Path
+        Folder of the run and of the prepared scans.
+    sites : sequence of SitePeople
+        The sites of this machine; none where they are other machines.
+    folders : sequence of Path
+        Where each keeps its results.
+    resolution : int
+        Voxel size of the grid, in mm.
+    """
+    options: FlareOptions | FlowerOptions
+    if config.engine == "flare":
+        options = config.flare or FlareOptions()
+        program, count = flare.PROGRAM, len(options.sites or sites)
+        names = flare.client_names(count)
+        job = flare.job_of(options, names)
+    else:
+        options = config.flower or FlowerOptions()
+        program, count = flower.PROGRAM, len(options.sites or sites)
+        names = flower.node_names(count)
+        job = flower.job_of(options, names)
+    if options.deployed:
+        # Every site has a machine of its own.
+        workers, threads, sizes, files = count, config.threads, dict.fromkeys(options.sites, 0), {}
+    else:
+        workers, threads = torch_threads(config.threads, count)
+        sizes = {site.name: len(site.train) for site in sites}
+        own = dict(zip(sizes, folders, strict=True))
+        files = site_files(config.cohort, own, cache, names)
+    return RelayedEngine(
+        program,
+        job,
+        files,
+        run=run,
+        introduction=introduction(config, resolution, threads),
+        sizes=sizes,
+        workers=workers,
+        deadline=config.deadline,
+        start_seconds=options.start_seconds,
+        interface=options.interface,
+    )
