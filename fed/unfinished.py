@@ -108,8 +108,8 @@ def state_items(progress: Progress) -> dict[str, str]:
         "sparsity, prunable weights": (
             f"{progress.history[-1]['sparsity_prunable']:.2%}" if progress.history else "-"
         ),
-        "payload down": format_bytes(down),
-        "payload up": format_bytes(up),
+        "payload down": "-" if down is None else format_bytes(down),
+        "payload up": "-" if up is None else format_bytes(up),
     }
     if not progress.running:
         items["last word"] = _last_word(progress.log)

@@ -102,7 +102,11 @@ def _main_loop(sass: str) -> str:
         if branch and labels.get(branch[1], i) < i:
             loops.append("\n".join(lines[labels[branch[1]] : i + 1]))
     # Of loops within loops, the innermost that has them all.
-    return max(loops, key=lambda text: (len(re.findall(_MMA, text)), -len(text)), default="")
+    return max(loops, key=_weight, default="")
+
+
+def _weight(loop: str) -> tuple[int, int, int]:
+    return len(re.findall(_MMA, loop)), len(re.findall(r"\bFFMA\b", loop)), -len(loop)
 
 
 def _read_amd(name: str, target: str, shared: int, code: str) -> Figures:

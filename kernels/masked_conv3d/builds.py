@@ -131,6 +131,6 @@ def _sum_splits(kind: Kind, tile: Tile) -> Build:
     constants = {"BN": tile.rows, "BK": tile.entries}
     kernel = triton_passes.sum_splits
     return build(
-        kernel, _types(kernel, pointers, constants), constants, num_warps=4,
+        kernel, _types(kernel, pointers, constants), constants, num_warps=tile.warps,
         multiples=("length",), detail=f"{element}, {tile.rows} x {tile.entries}",
     )  # fmt: skip

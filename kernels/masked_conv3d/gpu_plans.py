@@ -1,5 +1,6 @@
 """Plans on GPUs, kept beside the mask that they are of, and the choice of tiles and path."""
 
+import math
 import weakref
 from collections.abc import Hashable
 
@@ -13,7 +14,8 @@ from sparsekit.kernels.masked_conv3d.gpu_plan import Plan
 from sparsekit.kernels.masked_conv3d.tiles import Kind, architecture_of, precision_of
 
 MOST_ELEMENTS = 2**31
-"""Elements of one sample that the kernels' offsets reach."""
+"""Elements that the kernels' offsets reach."""
+_MOST_VOXELS = 128
 
 
 class GpuPlans:
@@ -80,7 +82,8 @@ def kind_of(x: Tensor, precision: str) -> Kind:
 def why_too_large(shape: Shape) -> str:
     """Say why the kernels' 32-bit offsets do not reach; empty if they do.
 
-    Counts the buffers with the widest padding that any tile asks for.
+    Counts the buffers with the widest padding that any tile asks for. A tile's voxels may lie in
+    several samples, and its offsets begin with the first of them.
     """
     most_channels = max(shape.c_in, shape.c_out) + 127 * shape.groups
     grid = 1
@@ -88,9 +91,11 @@ def why_too_large(shape: Shape) -> str:
         reach = (shape.kernel[axis] - 1) * shape.dilation[axis] + 16 * shape.stride[axis]
         longest = max(shape.size[axis] + 2 * shape.padding[axis], shape.out[axis])
         grid *= longest + 2 * reach
-    if most_channels * grid < MOST_ELEMENTS:
+    fewest = math.prod(max(1, n // s) for n, s in zip(shape.size, shape.stride, strict=True))
+    together = 2 + _MOST_VOXELS // min(fewest, math.prod(shape.out))
+    if most_channels * grid * together < MOST_ELEMENTS:
         return ""
     return (
-        f"a sample needs a padded buffer of {most_channels * grid} elements, and the kernels' "
-        f"offsets reach {MOST_ELEMENTS}; cut the volume into blocks"
+        f"{together} samples need padded buffers of {most_channels * grid * together} elements, "
+        f"and the kernels' offsets reach {MOST_ELEMENTS}; cut the volume into blocks"
     )

@@ -212,7 +212,7 @@ def _weight_gradient(
         partial, mask.view(torch.uint8), lists.sources, plan.gradient_steps, out,
         splits, tiles, shape.c_out // shape.groups, weight.shape[1] * math.prod(shape.kernel),
         lists.tiles_per_group, length,
-        BN=tile.rows, BK=tile.entries,
+        BN=tile.rows, BK=tile.entries, num_warps=tile.warps,
     )  # fmt: skip
     return out
 

@@ -37,10 +37,10 @@ def pack_weights(
 
 @triton.jit
 def voxel_of(
-    number, per_sample, strip, strips_across, CROSS_D: tl.constexpr, CROSS_H: tl.constexpr
+    number, first, per_sample, strip, strips_across, CROSS_D: tl.constexpr, CROSS_H: tl.constexpr
 ):  # fmt: skip
-    """Sample and place of the voxels with these numbers, as `strips` counts them."""
-    n = number // per_sample
+    """Sample, counted from `first`, and place of the voxels that `strips` gives these numbers."""
+    n = number // per_sample - first
     rest = number % per_sample
     own = rest // strip
     rest = rest % strip
@@ -69,13 +69,15 @@ def gather_product(
     part = tl.program_id(0) // tiles
     number = part * VOXELS + tl.arange(0, VOXELS)
     real = number < numbers
+    # Offsets from the tile's first sample on fit into 32 bits.
+    first = part * VOXELS // per_sample
     n, d, h, w = voxel_of(
-        tl.minimum(number, numbers - 1), per_sample, strip, strips_across, CROSS_D, CROSS_H
+        tl.minimum(number, numbers - 1), first, per_sample, strip, strips_across, CROSS_D, CROSS_H
     )
-    base = d * x_d + h * x_h + w * x_w
+    base = n * x_n + d * x_d + h * x_h + w * x_w
     if CONTIGUOUS > 1:
         base = tl.multiple_of(base, CONTIGUOUS)
-    x_own = x + (n.to(tl.int64) * x_n + base)
+    x_first = x + first.to(tl.int64) * x_n
     k = tl.arange(0, BK)
     column = tl.arange(0, BN)
     own_offsets = offsets + tile.to(tl.int64) * length
@@ -89,7 +91,7 @@ def gather_product(
         at = tl.load(own_offsets + step * BK + k)
         if CONTIGUOUS > 1:
             at = tl.max_contiguous(tl.multiple_of(at, CONTIGUOUS), CONTIGUOUS)
-        a = tl.load(x_own[:, None] + at[None, :])
+        a = tl.load(x_first + (base[:, None] + at[None, :]))
         b = tl.load(own_weights + (column[None, :] * length + (step * BK + k)[:, None]))
         total = tl.dot(a, b, total, input_precision=PRECISION)
     row = tile % tiles_per_group * BN + column
@@ -97,8 +99,8 @@ def gather_product(
     if HAS_BIAS:
         total += tl.load(bias + channel, mask=row < rows, other=0.0).to(tl.float32)[None, :]
     inside = (real & (d < out_d) & (h < out_h))[:, None] & (row < rows)[None, :]
-    to = y + (n.to(tl.int64) * y_n + (d * y_d + h * y_h + w * y_w))
-    tl.store(to[:, None] + (channel * y_c)[None, :], total.to(y.dtype.element_ty), mask=inside)
+    to = (n * y_n + d * y_d + h * y_h + w * y_w)[:, None] + (channel * y_c)[None, :]
+    tl.store(y + first.to(tl.int64) * y_n + to, total.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -137,22 +139,24 @@ def weight_gradient(
             if HAS_LISTED:
                 part = tl.load(listed + i)
             number = part * VOXELS + m
+            at_first = part * VOXELS // per_sample
             n, d, h, w = voxel_of(
-                tl.minimum(number, numbers - 1), per_sample, strip, strips_across, CROSS_D, CROSS_H
-            )
+                tl.minimum(number, numbers - 1), at_first, per_sample, strip, strips_across,
+                CROSS_D, CROSS_H,
+            )  # fmt: skip
             # Beyond the output stand numbers of the input that are no part of these sums.
             inside = (number < numbers) & (d < out_d) & (h < out_h)
-            x_base = d * x_d + h * x_h + w * x_w
-            g_base = d * g_d + h * g_h + w * g_w
+            x_base = n * x_n + d * x_d + h * x_h + w * x_w
+            g_base = n * g_n + d * g_d + h * g_h + w * g_w
             if CONTIGUOUS > 1:
                 x_base = tl.multiple_of(x_base, CONTIGUOUS)
             if G_CONTIGUOUS > 1:
                 g_base = tl.multiple_of(g_base, G_CONTIGUOUS)
-            x_own = x + (n.to(tl.int64) * x_n + x_base)
-            g_own = gradient + (n.to(tl.int64) * g_n + g_base)
+            x_own = x + at_first.to(tl.int64) * x_n
+            g_own = gradient + at_first.to(tl.int64) * g_n
             # Loaded as it is multiplied: a transposed tile would not take the asynchronous path.
-            a = tl.load(x_own[None, :] + at[:, None], mask=inside[None, :], other=0.0)
-            b = tl.load(g_own[:, None] + g_at[None, :], mask=inside[:, None], other=0.0)
+            a = tl.load(x_own + (x_base[None, :] + at[:, None]), mask=inside[None, :], other=0.0)
+            b = tl.load(g_own + (g_base[:, None] + g_at[None, :]), mask=inside[:, None], other=0.0)
             total = tl.dot(a, b, total, input_precision=PRECISION)
         entry = (split.to(tl.int64) * tiles + tile) * length + step * BK + k
         tl.store(partial + (entry[:, None] * BN + column[None, :]), total)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparsekit.codec import decode, encode
 from sparsekit.fed import messages
-from sparsekit.fed.engines import framed, site_process
+from sparsekit.fed.engines import answers, framed, site_process
 from sparsekit.fed.engines.framed import Connection
 from sparsekit.fed.site import Site
 
@@ -28,7 +28,7 @@ State = dict[str, Tensor]
 def _changed(change: Callable[[State], State]) -> Callable[[Site, bytes], bytes]:
     def answer(site: Site, data: bytes) -> bytes:
         message = messages.unpack(data)
-        held = site._held
+        held = site.held
         assert held is not None
         weights = decode(message.payload, base=held, template=held)
         return messages.pack(message.control, encode(change(weights)))
@@ -48,8 +48,8 @@ def _with_one(number: float) -> Callable[[State], State]:
 
 def _stale(site: Site, data: bytes) -> bytes:
     message = messages.unpack(data)
-    assert site._held is not None
-    other = {name: tensor + 1.0 for name, tensor in site._held.items()}
+    assert site.held is not None
+    other = {name: tensor + 1.0 for name, tensor in site.held.items()}
     moved = {name: tensor + 1e-3 for name, tensor in other.items()}
     return messages.pack(message.control, encode(moved, base=other))
 
@@ -105,7 +105,7 @@ WIRES: dict[str, Callable[[socket.socket], object]] = {
 
 def main() -> None:
     faults: dict[str, str] = json.loads(sys.argv[1]).get(unquote(sys.argv[4]), {})
-    good = site_process.answer
+    good = answers.answer
     wire: list[str] = []
 
     def answer(site: Site, request: bytes, abandoned: Callable[[], bool]) -> tuple[int, bytes]:

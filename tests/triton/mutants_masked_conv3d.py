@@ -58,8 +58,8 @@ MUTANTS = [
     ),
     (
         "voxels beyond the output count for the weight gradient", _KERNELS,
-        "a = tl.load(x_own[None, :] + at[:, None], mask=inside[None, :], other=0.0)",
-        "a = tl.load(x_own[None, :] + at[:, None])",
+        "a = tl.load(x_own + (x_base[None, :] + at[:, None]), mask=inside[None, :], other=0.0)",
+        "a = tl.load(x_own + (x_base[None, :] + at[:, None]))",
         "interpreter", _TEST + "test_infinities_outside_the_output_reach_no_weight",
     ),
     (
