@@ -15,10 +15,11 @@ $(BIN)/sparsekit fed run --cohort $(1)/cohort --out $(1)/fedavg --config example
 $(BIN)/sparsekit fed run --cohort $(1)/cohort --out $(1)/fedsparsify --config examples/demo.toml --strategy fedsparsify-global --sparsity 0.95 --seed $(2) > $(1)/fedsparsify.txt
 endef
 
+NEWEST_TRITON := 3.9.0
 BENCH := build/bench-cpu
 BENCH_FILES ?= ceilings topk block process conv step
 
-.PHONY: help install demo demo-seeds values trace fit-selector bench-cpu bench-codec fuzz test check format clean
+.PHONY: help install demo demo-seeds values trace fit-selector bench-cpu bench-codec soak fuzz check-kernels check-kernels-full test check format clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -67,6 +68,18 @@ trace: $(STAMP) ## weights of a FedSparsify run after each of 40 rounds, for cod
 fuzz: $(STAMP) ## five million damaged payloads for the decoder (about 6 minutes); writes docs/results/fuzz.json
 	$(BIN)/python tools/fuzz_codec.py --executions 5000000 --write
 
+# A part that fails does not keep the others from being played.
+soak: $(STAMP) ## the federation under load, its server killed 50 times (about 15 minutes); writes docs/results/soak.*
+	rm -rf build/soak
+	mkdir -p build/soak
+	-$(BIN)/python tools/soak_engine.py build/soak/engine
+	-$(BIN)/python tools/soak_load.py sites build/soak/sites
+	-$(BIN)/python tools/soak_load.py rounds build/soak/rounds
+	-$(BIN)/python tools/soak_load.py state build/soak/state
+	-$(BIN)/python tools/soak_kills.py build/soak/kills --kills 50 --seed 1 --rounds 400
+	$(BIN)/python tools/soak_table.py collect build/soak
+	$(BIN)/python tools/soak_table.py write
+
 fit-selector: $(STAMP) ## measure convolutions here and fit the model behind backend="auto"; docs/results/selector.json
 	$(BIN)/python tools/fit_selector.py
 
@@ -94,6 +107,23 @@ $(BENCH)/trained/result.json: bench/trained.toml | $(STAMP)
 	mkdir -p $(BENCH)
 	$(BIN)/sparsekit cohort make $(BENCH)/cohort --subjects 32 --sites 4 --resolution 2 --workers 2
 	$(BIN)/sparsekit fed run --cohort $(BENCH)/cohort --out $(BENCH)/trained --config bench/trained.toml
+
+# ttsem declares Python >= 3.12 and another Triton, and runs with these as well.
+TTSEM := $(VENV)/.ttsem
+$(TTSEM): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python ttsem==0.1.0
+	@touch $@
+
+check-kernels: $(TTSEM) ## Triton kernels without a GPU: values, bounds, races, mutants, machine code
+	$(BIN)/python tools/check_kernels.py
+
+# The newest Triton shadows the tested one for one command only.
+check-kernels-full: $(TTSEM) ## the same for all tile sizes, and the newest Triton (about 20 minutes); writes docs/results/kernels.*
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/triton-newest 'triton==$(NEWEST_TRITON)'
+	mkdir -p build/kernels
+	PYTHONPATH=build/triton-newest $(BIN)/python tools/check_kernels.py --code build/kernels/newest.json
+	$(BIN)/python tools/check_kernels.py --whole
+	$(BIN)/python tools/kernels_table.py write
 
 test: $(STAMP) ## the whole test suite
 	$(BIN)/python -m pytest

@@ -9,11 +9,11 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
-from sparsekit.kernels import dispatch
+from sparsekit.kernels import implementations
 from sparsekit.ops import norm_pool_relu
 
 SHAPE = (4, 8, 46, 55, 46)
-BACKENDS = [row.backend for row in dispatch.available("norm_pool_relu", "cpu")]
+BACKENDS = [row.backend for row in implementations.available("norm_pool_relu", "cpu")]
 
 
 class _Op(nn.Module):

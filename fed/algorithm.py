@@ -7,10 +7,12 @@ Both follow Stripelis et al., "Towards Sparsified Federated Neuroimaging Models 
 Pruning", and the released code where the paper is silent.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +25,8 @@ from sparsekit.fed.plan import TASK_EVALUATE, TASK_TRAIN, TrainPlan, build_model
 from sparsekit.fed.seeds import derive_seed
 from sparsekit.schedule import PolynomialSchedule
 from sparsekit.types import Masks, Size3, State
+
+_PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,10 @@ class Update:
 
 class NonFiniteUpdateError(CodecError):
     """An update holds NaN or infinity."""
+
+
+class LargeUpdateError(CodecError):
+    """An update is further from what was sent than the run allows."""
 
 
 def initial_state(
@@ -264,17 +272,50 @@ def read_update(payload: bytes, *, plan: TrainPlan, sent: ServerState, n_train: 
     return Update(weights=weights, masks=masks, n_train=n_train)
 
 
+def check_norm(update: Update, sent: ServerState, bound: float) -> None:
+    """Refuse an update whose Euclidean distance from what was sent exceeds ``bound``.
+
+    Pruned weights count with what they were before: to set one to 0 is a change too.
+
+    Raises
+    ------
+    LargeUpdateError
+        If it does.
+    """
+    squares = []
+    for name, weights in update.weights.items():
+        ours, theirs = (t.reshape(-1).numpy() for t in (weights, sent.weights[name]))
+        for piece in pieces(len(ours)):
+            change = ours[piece].astype(np.float64) - theirs[piece]
+            # numpy's sums run on one thread: the same bits whatever torch may use.
+            squares.append(float(np.square(change).sum()))
+    norm = math.sqrt(math.fsum(squares))
+    if norm > bound:
+        raise LargeUpdateError(
+            f"update: its distance from the model sent is {norm:.6g}, max_update_norm is {bound:g}"
+        )
+
+
 def average(updates: Sequence[Update]) -> dict[str, Tensor]:
     """Average weights by number of training scans: float64 sums in the given order, float32 out."""
     total = sum(update.n_train for update in updates)
     merged: dict[str, Tensor] = {}
     for name, first in updates[0].weights.items():
-        accumulated = torch.zeros(first.shape, dtype=torch.float64)
-        for update in updates:
-            accumulated += update.weights[name].double() * (update.n_train / total)
-        # + 0.0 turns -0.0 into +0.0, which is all that the codec would change.
-        merged[name] = accumulated.to(first.dtype) + 0.0
+        merged[name] = torch.empty_like(first, memory_format=torch.contiguous_format)
+        flat = [update.weights[name].reshape(-1) for update in updates]
+        for piece in pieces(first.numel()):
+            accumulated = torch.zeros(len(flat[0][piece]), dtype=torch.float64)
+            for values, update in zip(flat, updates, strict=True):
+                accumulated += values[piece].double() * (update.n_train / total)
+            # + 0.0 turns -0.0 into +0.0, which is all that the codec would change.
+            merged[name].view(-1)[piece] = accumulated.to(first.dtype) + 0.0
     return merged
+
+
+def pieces(count: int) -> Iterator[slice]:
+    """Cut a tensor of ``count`` elements, so that its float64 copy never is there as a whole."""
+    for first in range(0, count, _PIECE):
+        yield slice(first, min(count, first + _PIECE))
 
 
 def guard_filters(

@@ -18,6 +18,7 @@ _MODEL = "model.spu"
 _SENT = "sent.spu"
 _STATE = "state.json"
 _LAYOUT = 2
+_READINGS = 20
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,31 @@ def saved_rounds(run: Path) -> Sequence[int]:
     return sorted(int(name[6:]) for name in names if re.fullmatch(r"round-\d{5,9}", name))
 
 
+def newest_state(run: Path) -> dict[str, Any] | None:
+    """Return what the newest checkpoint says beside the weights, also while others are written.
+
+    Raises
+    ------
+    RunError
+        If it is damaged.
+    """
+    readings = 0
+    while rounds := saved_rounds(run):
+        folder = _folder(run, rounds[-1])
+        readings += 1
+        try:
+            state: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+            state["history"][-1]["round"]
+            return state
+        except FileNotFoundError as error:
+            # A running server has removed it, and a newer one is there.
+            if readings == _READINGS:
+                raise _damaged(folder, error) from error
+        except (OSError, ValueError, TypeError, LookupError) as error:
+            raise _damaged(folder, error) from error
+    return None
+
+
 def load_newest(run: Path) -> Checkpoint | None:
     """Return the newest checkpoint, None if there is none.
 
@@ -130,7 +156,11 @@ def load_newest(run: Path) -> Checkpoint | None:
             contents=state["contents"],
         )
     except (OSError, KeyError, TypeError, ValueError, CodecError) as error:
-        raise RunError(
-            f"checkpoint: {folder} is damaged ({error}). Remove that folder to resume from the "
-            "one before it, or start the run anew."
-        ) from error
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: Path, error: Exception) -> RunError:
+    return RunError(
+        f"checkpoint: {folder} is damaged ({error}). Remove that folder to resume from the "
+        "one before it, or start the run anew."
+    )

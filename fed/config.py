@@ -16,7 +16,7 @@ from sparsekit.errors import UsageError
 from sparsekit.types import Size3
 
 STRATEGIES = ("centralized", "fedavg", "fedsparsify-global", "fedsparsify-local")
-ENGINES = ("inprocess", "processes")
+ENGINES = ("processes", "inprocess")
 SCOPES = ("global", "layer", "erk")
 NORMALISATIONS = ("brain-zscore", "volume-zscore", "percentile")
 OPTIMIZERS = ("sgd", "adamw")
@@ -84,9 +84,17 @@ class RunConfig:
     level : {"fast", "balanced", "small"}
         Speed against bytes of the codec.
     quorum : float
-        Fraction of the sites that must reply for a round to count.
+        Fraction of the sites asked that must reply for a round to count.
+    participation : float
+        Fraction of the sites that each round asks, at least one, drawn anew from the seed. The
+        final model goes to all.
+    sites_per_round : int
+        The same as a number of sites; 0 for `participation`.
+    max_update_norm : float or None
+        Largest Euclidean distance, over all weights, between a site's model and the one that it
+        was sent; an update beyond it is left out. None for no bound.
     engine, threads, device, seed
-        Where it runs: all sites in one process, or each in its own with TCP to the server.
+        Where it runs: each site in a process of its own with TCP to the server, or all in one.
         ``threads`` is the total over all sites trained at the same time.
     deadline : float
         Seconds within which a site's process must have replied; a later one is out for the round.
@@ -128,7 +136,10 @@ class RunConfig:
     values: Values = "lossless"
     level: Level = "balanced"
     quorum: float = 0.5
-    engine: str = "inprocess"
+    participation: float = 1.0
+    sites_per_round: int = 0
+    max_update_norm: float | None = None
+    engine: str = "processes"
     deadline: float = 3600.0
     threads: int = 2
     device: str = "cpu"
@@ -150,7 +161,7 @@ class RunConfig:
         _choice("device", self.device, ("cpu", "cuda"))
         for name in ("rounds", "epochs", "batch", "prune_every", "evaluate_every"):
             _in_range(name, getattr(self, name), 1, _MOST)
-        for name in ("prune_start", "min_per_filter", "keep_checkpoints"):
+        for name in ("prune_start", "min_per_filter", "keep_checkpoints", "sites_per_round"):
             _in_range(name, getattr(self, name), 0, _MOST)
         # The thread library ends the process when it cannot start as many as it was told to.
         _in_range("threads", self.threads, 1, 1024)
@@ -164,6 +175,14 @@ class RunConfig:
         _in_range("momentum", self.momentum, 0.0, 1.0, open_above=True)
         _in_range("lr_final_fraction", self.lr_final_fraction, 0.0, 1.0)
         _in_range("quorum", self.quorum, 0.0, 1.0)
+        _in_range("participation", self.participation, 0.0, 1.0, open_below=True)
+        if self.sites_per_round and self.participation != 1.0:
+            raise UsageError(
+                "sites_per_round: give it or participation, not both, got "
+                f"{self.sites_per_round} and {self.participation}"
+            )
+        if self.max_update_norm is not None:
+            _in_range("max_update_norm", self.max_update_norm, 0.0, None, open_below=True)
         _in_range("test_fraction", self.test_fraction, 0.0, 1.0, open_below=True, open_above=True)
         for name in ("lr", "age_scale"):
             _in_range(name, getattr(self, name), 0.0, None, open_below=True)

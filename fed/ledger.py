@@ -28,10 +28,11 @@ class LedgerRow:
     direction : str
         ``"down"`` to the site, ``"up"`` from it.
     outcome : str
-        ``"ok"``, or why the message did not count: corrupt, stale-base, shape, nan, wrong-round,
-        dead, late.
+        ``"ok"``, or why the message did not count: corrupt, stale-base, shape, nan, norm,
+        wrong-round, dead, late.
     seconds : float
-        For ``up``: the site's time for the whole request; for ``down``: 0.
+        For ``up``: from the request until the reply, or until its absence was known; for
+        ``down``: 0.
     dense_equivalent_bytes : int
         4 bytes for each weight of the model, what an uncompressed float32 message would carry.
     payload_bytes, control_bytes, framing_bytes, transport_bytes : int
@@ -145,8 +146,17 @@ class Ledger:
         os.truncate(self.path, size_bytes)
 
     def __iter__(self) -> Iterator[LedgerRow]:
+        return self._rows(torn=False)
+
+    def whole_rows(self) -> Iterator[LedgerRow]:
+        """Yield the rows but for a last line without an end: one that is being written, or was."""
+        return self._rows(torn=True)
+
+    def _rows(self, *, torn: bool) -> Iterator[LedgerRow]:
         with self.path.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
+                if torn and not line.endswith(b"\n"):
+                    return
                 try:
                     values: dict[str, Any] = json.loads(line.decode("utf-8"))
                     yield LedgerRow(**values)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparsekit.codec import inspect
-from sparsekit.fed.algorithm import Order, ServerState, is_prunable
+from sparsekit.fed.algorithm import Order, ServerState, is_prunable, pieces
 from sparsekit.fed.ledger import LedgerRow
 from sparsekit.fed.rounds import Answer
 from sparsekit.types import Masks, State
@@ -46,11 +46,15 @@ def weight_change(before: State, server: ServerState) -> float:
     for name, after in server.weights.items():
         if not is_prunable(name, after):
             continue
-        old = before[name].double()
-        if server.masks is not None and name in server.masks:
-            old = old * server.masks[name]
-        changed += float((after.double() - old).square().sum())
-        kept += float(old.square().sum())
+        masks = server.masks or {}
+        old, new = before[name].reshape(-1), after.reshape(-1)
+        mask = masks[name].reshape(-1) if name in masks else None
+        for piece in pieces(len(old)):
+            was = old[piece].double()
+            if mask is not None:
+                was = was * mask[piece]
+            changed += float((new[piece].double() - was).square().sum())
+            kept += float(was.square().sum())
     return math.sqrt(changed / kept) if kept else 0.0
 
 
@@ -58,3 +62,30 @@ def mask_bits_per_weight(order: Order) -> float:
     """Return the bits that the masks of a round's download take, over all weights."""
     info = inspect(order.payload)
     return 8 * info.mask_bytes / info.n
+
+
+def history_entry(
+    server: ServerState, number: int, rows: list[LedgerRow], seconds: float
+) -> dict[str, Any]:
+    """Return the history's line for the model after round ``number``."""
+    pruned = sum(int((~mask).sum()) for mask in (server.masks or {}).values())
+    prunable = sum(t.numel() for n, t in server.weights.items() if is_prunable(n, t))
+    every = sum(tensor.numel() for tensor in server.weights.values())
+    in_prunable = sum(
+        int((~mask).sum())
+        for name, mask in (server.masks or {}).items()
+        if is_prunable(name, server.weights[name])
+    )
+    return {
+        "round": number,
+        "sparsity_prunable": in_prunable / prunable,
+        "sparsity_all": pruned / every,
+        "layer_sparsity": layer_sparsity(server.masks),
+        "payload_down": sum_bytes(rows, "down", "payload_bytes"),
+        "payload_up": sum_bytes(rows, "up", "payload_bytes"),
+        "transport_down": sum_bytes(rows, "down", "transport_bytes"),
+        "transport_up": sum_bytes(rows, "up", "transport_bytes"),
+        "flops_counted": sum(row.flops_counted for row in rows),
+        "flops_executed": sum(row.flops_executed for row in rows),
+        "seconds": seconds,
+    }

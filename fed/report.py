@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from sparsekit.errors import MissingExtraError
 from sparsekit.fed.compare import load_people, load_result, run_names
 from sparsekit.fed.storage import write_atomically
 from sparsekit.fed.tables import difference_cells, line_items, saving_cells
+from sparsekit.fed.unfinished import read_progress, site_items, state_items, way_on
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,12 +63,7 @@ def write_report(runs: Sequence[Path], path: Path) -> None:
     RunError
         If a run is not finished or damaged.
     """
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        raise MissingExtraError(
-            "the report's plots need matplotlib: pip install 'sparsekit3d[report]'"
-        ) from None
+    mpl = _matplotlib()
     results = [load_result(run) for run in runs]
     names = run_names(runs)
     # A legend leaves out names that begin with an underscore.
@@ -81,20 +78,88 @@ def write_report(runs: Sequence[Path], path: Path) -> None:
         images = [(title, _as_image(figure)) for title, figure in figures]
     title = "sparsekit: " + " and ".join(names)
     parts = [
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>",
-        f"<h1>{html.escape(title)}</h1>",
+        *_head(title),
         "<p class='note'>A research tool, not a medical device. Errors are of people held out at "
         "their own site. Bytes are those of the messages really made; FLOPs <em>counted</em> "
         "follow the masks of every step, FLOPs <em>executed</em> the kernels that really ran.</p>",
         _table(runs, results, names),
+        *_figures(images),
     ]
-    for heading, data in images:
-        parts.append(f"<h2>{html.escape(heading)}</h2>")
-        parts.append(f"<img alt='{html.escape(heading)}' src='data:image/svg+xml;base64,{data}'>")
     parts.append(_settings(results, names))
     parts.append("</body></html>\n")
     write_atomically(path, "\n".join(parts).encode())
+
+
+def write_progress_report(run: Path, path: Path) -> None:
+    """Write one HTML page about a run that goes on or has stopped; see `write_report`.
+
+    Raises
+    ------
+    MissingExtraError
+        If matplotlib is not installed.
+    UsageError, RunError
+        If ``run`` is not the folder of a run, or damaged.
+    """
+    mpl = _matplotlib()
+    progress = read_progress(run)
+    (name,) = run_names([run])
+    known: dict[str, Any] = {"history": progress.history, "yardsticks": {}}
+    images: list[tuple[str, str]] = []
+    if progress.history:
+        layers = progress.history[-1]["layer_sparsity"]
+        known["sparsity"] = {"layers": layers}
+        with mpl.rc_context(_RC):
+            figures = [
+                ("Error against rounds, bytes and computation", _progress([known], [name])),
+                ("Sparsity by layer", _layers([known], [name])),
+            ]
+            images = [(heading, _as_image(figure)) for heading, figure in figures]
+    title = f"sparsekit: {name}, not finished"
+    head = ("site", "usable replies", "other outcomes", "seconds of a reply, median")
+    parts = [
+        *_head(title),
+        "<p class='note'>What the run's folder told when this page was written.</p>",
+        f"<p>{html.escape(way_on(run, progress))}</p>",
+        _rows([*state_items(progress).items()]),
+        "<h2>Sites</h2>",
+        _rows([head, *site_items(progress)]),
+        *_figures(images),
+        "<h2>End of the log</h2>",
+        f"<pre>{html.escape(chr(10).join(progress.log))}</pre>",
+        "</body></html>\n",
+    ]
+    write_atomically(path, "\n".join(parts).encode())
+
+
+def _rows(rows: Sequence[Sequence[str]]) -> str:
+    cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
+    return "<table>" + "\n".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
+
+
+def _head(title: str) -> list[str]:
+    return [
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>",
+        f"<h1>{html.escape(title)}</h1>",
+    ]
+
+
+def _figures(images: Sequence[tuple[str, str]]) -> list[str]:
+    return [
+        f"<h2>{html.escape(heading)}</h2>\n"
+        f"<img alt='{html.escape(heading)}' src='data:image/svg+xml;base64,{data}'>"
+        for heading, data in images
+    ]
+
+
+def _matplotlib() -> ModuleType:
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        raise MissingExtraError(
+            "the report's plots need matplotlib: pip install 'sparsekit3d[report]'"
+        ) from None
+    return mpl
 
 
 def _table(runs: Sequence[Path], results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:

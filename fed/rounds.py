@@ -9,11 +9,13 @@ from sparsekit.codec.core import STEPS
 from sparsekit.errors import BaseMismatchError, CodecError, RunError, TemplateError
 from sparsekit.fed import messages
 from sparsekit.fed.algorithm import (
+    LargeUpdateError,
     NonFiniteUpdateError,
     Order,
     ServerState,
     Update,
     aggregate,
+    check_norm,
     plan_round,
     read_update,
     whole_payload,
@@ -70,8 +72,8 @@ def play_round(
 ) -> RoundOutcome:
     """Play the next round, or after the last one hand out and evaluate the final model.
 
-    Sites in `holding` have the model of the round before: to them goes what has changed. One that
-    has lost it gets the whole model at once.
+    The sites of `hellos` are asked. Those in `holding` have the model of the round before: to them
+    goes what has changed. One that has lost it gets the whole model at once.
 
     Raises
     ------
@@ -85,10 +87,11 @@ def play_round(
     answers: dict[str, Answer] = {}
     failures: dict[str, Failure] = {}
     for site in sorted(hellos):
-        reply = replies[site]
+        # Once decoded it is not needed: of large models not all replies are held twice.
+        reply = replies.pop(site)
         lost = reply if isinstance(reply, Failure) else None
-        data, seconds = (b"", 0.0) if isinstance(reply, Failure) else (reply.data, reply.seconds)
-        verdict = reply if isinstance(reply, Failure) else _judge(data, order, hellos[site])
+        data = b"" if isinstance(reply, Failure) else reply.data
+        verdict = reply if isinstance(reply, Failure) else _judge(data, order, hellos[site], config)
         if isinstance(verdict, Failure):
             failures[site] = verdict
         else:
@@ -107,7 +110,7 @@ def play_round(
                 travels=engine.travels,
                 frame_bytes=engine.frame_bytes,
                 carried_bytes=lost.received_bytes if lost else None,
-                seconds=seconds,
+                seconds=reply.seconds,
                 flops_counted=report.flops_counted if report else 0,
                 flops_executed=report.flops_executed if report else 0,
             )
@@ -156,6 +159,7 @@ def _exchange(
                     travels=engine.travels,
                     frame_bytes=engine.frame_bytes,
                     carried_bytes=reply.received_bytes if isinstance(reply, Failure) else None,
+                    seconds=reply.seconds,
                 )
             )
     if again:
@@ -181,7 +185,7 @@ def _down(
         direction="down",
         outcome=lost.outcome if lost and unsent else OUTCOME_OK,
         dense_equivalent_bytes=0 if unsent else dense_bytes,
-        message_bytes=len(messages.pack(to_control(order.plan), payload)),
+        message_bytes=len(messages.pack(to_control(order.plan))) + len(payload),
         payload_bytes=len(payload),
         travels=engine.travels,
         frame_bytes=engine.frame_bytes,
@@ -197,7 +201,7 @@ def _payload_bytes(data: bytes) -> int:
         return 0
 
 
-def _judge(data: bytes, order: Order, hello: Hello) -> Answer | Failure:
+def _judge(data: bytes, order: Order, hello: Hello, config: RunConfig) -> Answer | Failure:
     """Check a reply from end to end; whatever is wrong costs this site this round only."""
     plan = order.plan
     try:
@@ -214,6 +218,8 @@ def _judge(data: bytes, order: Order, hello: Hello) -> Answer | Failure:
         if plan.task != TASK_TRAIN:
             return Answer(report=report, update=None)
         update = read_update(message.payload, plan=plan, sent=order.sent, n_train=hello.n_train)
+        if config.max_update_norm is not None:
+            check_norm(update, order.sent, config.max_update_norm)
         return Answer(report=report, update=update)
     except BaseMismatchError as error:
         return Failure(STALE, str(error))
@@ -221,6 +227,8 @@ def _judge(data: bytes, order: Order, hello: Hello) -> Answer | Failure:
         return Failure("shape", str(error))
     except NonFiniteUpdateError as error:
         return Failure("nan", str(error))
+    except LargeUpdateError as error:
+        return Failure("norm", str(error))
     except CodecError as error:
         return Failure("corrupt", str(error))
 
@@ -253,6 +261,6 @@ def _require_quorum(
         reasons = "; ".join(f"{site}: {f.outcome} ({f.detail})" for site, f in failures.items())
         raise QuorumError(
             f"round {plan.round}: {len(answers)} of {total} sites gave a usable reply, the quorum "
-            f"is {needed}. {reasons}. Mend the sites and continue with `sparsekit fed resume RUN`.",
+            f"is {needed}. {reasons}.",
             rows,
         )

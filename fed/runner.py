@@ -2,22 +2,23 @@
 
 import fcntl
 import json
+import logging
+import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import quote
 
+from sparsekit._version import __version__
 from sparsekit.errors import CohortError, RunError, SparsekitError, SparsekitWarning, UsageError
 from sparsekit.fed import checkpoint, messages
 from sparsekit.fed.algorithm import (
-    ServerState,
     encode_whole,
     initial_state,
-    is_prunable,
 )
 from sparsekit.fed.checkpoint import Checkpoint, resume_command
 from sparsekit.fed.config import RunConfig, dump_config, load_config_file, make_config
@@ -27,66 +28,32 @@ from sparsekit.fed.engines.processes import ProcessesEngine, SiteProcess
 from sparsekit.fed.ledger import OUTCOME_OK, Ledger, message_row
 from sparsekit.fed.measures import (
     evaluation,
-    layer_sparsity,
+    history_entry,
     mask_bits_per_weight,
-    sum_bytes,
     weight_change,
 )
+from sparsekit.fed.participation import drawn_sites
 from sparsekit.fed.plan import Hello, from_control
 from sparsekit.fed.prepare import pool_sites, prepare_sites
 from sparsekit.fed.result import summarize
 from sparsekit.fed.rounds import QuorumError, play_round
 from sparsekit.fed.site import Site, SitePeople
 from sparsekit.fed.storage import remove_leftovers, write_atomically, write_json
+from sparsekit.fed.watching import Logged, open_log
+from sparsekit.fed.watching import Silent as Silent
+from sparsekit.fed.watching import Watcher as Watcher
 
 CONFIG_FILE = "config.toml"
 LEDGER_FILE = "ledger.jsonl"
 LOCK_FILE = ".lock"
 CONNECTIONS_FILE = "connections.json"
+LOG_FILE = "run.log"
 MODEL_FILE = "model.spu"
 RESULT_FILE = "result.json"
 
 
 class InterruptedRunError(SparsekitError, KeyboardInterrupt):
     """The user stopped the run; what was finished is on disk."""
-
-
-class Watcher(Protocol):
-    """Told of a run's progress; see the command line for one that draws it."""
-
-    def preparing(self, done: int, total: int) -> None:
-        """``done`` of ``total`` scans have been read."""
-
-    def round_started(self, number: int, rounds: int, sites: int) -> None:
-        """Round ``number`` begins; ``rounds + 1`` hands out the final model."""
-
-    def site_answered(self, site: str) -> None:
-        """A site finished its part of the round."""
-
-    def round_finished(self, entry: Mapping[str, Any]) -> None:
-        """A round's entry of the history is known."""
-
-    def notice(self, text: str) -> None:
-        """Something a user should read, such as skipped scans or a site's failure."""
-
-
-class Silent:
-    """A watcher that says nothing."""
-
-    def preparing(self, done: int, total: int) -> None:
-        """Say nothing."""
-
-    def round_started(self, number: int, rounds: int, sites: int) -> None:
-        """Say nothing."""
-
-    def site_answered(self, site: str) -> None:
-        """Say nothing."""
-
-    def round_finished(self, entry: Mapping[str, Any]) -> None:
-        """Say nothing."""
-
-    def notice(self, text: str) -> None:
-        """Say nothing."""
 
 
 def start_run(
@@ -117,7 +84,7 @@ def start_run(
     CohortError, RunError
         See the text.
     """
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+    if run.exists() and not _is_unused(run):
         raise UsageError(
             f"out: {run} already holds something; choose another folder, or continue it with "
             f"{resume_command(run)}"
@@ -129,14 +96,20 @@ def start_run(
     write_atomically(run / CONFIG_FILE, dump_config(config).encode())
     try:
         return _play(config, run, cache or _default_cache(run), watcher or Silent())
-    except CohortError:
-        # Nothing has been trained: the same command can be given again once the cohort is mended.
+    except (CohortError, UsageError):
+        # Nothing has been trained: once cohort or command are mended, the folder can be used again.
         if not checkpoint.saved_rounds(run):
-            for name in (CONFIG_FILE, LOCK_FILE):
+            for name in (CONFIG_FILE, LOCK_FILE, LOG_FILE):
                 (run / name).unlink(missing_ok=True)
             with suppress(OSError):
                 run.rmdir()
         raise
+
+
+def _is_unused(run: Path) -> bool:
+    """Whether a folder holds at most what a server leaves that is killed as it begins."""
+    pattern = f".{CONFIG_FILE}.*.tmp"
+    return run.is_dir() and all(path.match(pattern) for path in run.iterdir())
 
 
 def _default_cache(run: Path) -> Path:
@@ -172,32 +145,66 @@ def _exclusive(run: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunError(
-                f"run: another process is working on {run}; wait for it or stop it"
-            ) from None
+            # `fed report` looks whether it is held, for an instant.
+            time.sleep(0.1)
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(
+                    f"run: another process is working on {run}; wait for it or stop it"
+                ) from None
         yield
+
+
+def is_running(run: Path) -> bool:
+    """Whether a process works on the run at this moment."""
+    try:
+        with (run / LOCK_FILE).open() as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def _play(config: RunConfig, run: Path, cache: Path, watcher: Watcher) -> dict[str, Any]:
     try:
-        with _exclusive(run):
-            remove_leftovers(run)
-            prepared = prepare_sites(config, cache, watcher.preparing)
-            sites = prepared.sites
-            for problem in prepared.skipped:
-                watcher.notice(f"skipped {problem.path}: {problem.detail}")
-            engine = _engine(config, run, cache, sites)
+        with _exclusive(run), open_log(run / LOG_FILE) as log:
             try:
-                final = _loop(config, run, engine, prepared.resolution, watcher)
-            finally:
-                engine.close()
-                if isinstance(engine, ProcessesEngine):
-                    _keep_connections(run / CONNECTIONS_FILE, engine.closed)
-            result = summarize(config, run, final, prepared)
-            write_json(run / RESULT_FILE, result)
-            return result
+                return _play_logged(config, run, cache, Logged(log, watcher), log)
+            except KeyboardInterrupt:
+                log.warning("interrupted; continue with %s", resume_command(run))
+                raise
+            except Exception as error:
+                log.error("stopped: %s", error)
+                raise
     except KeyboardInterrupt:
         raise InterruptedRunError(f"interrupted; continue with {resume_command(run)}") from None
+
+
+def _play_logged(
+    config: RunConfig, run: Path, cache: Path, watcher: Logged, log: logging.Logger
+) -> dict[str, Any]:
+    text = "sparsekit %s, process %d, strategy %s, engine %s"
+    log.info(text, __version__, os.getpid(), config.strategy, config.engine)
+    remove_leftovers(run)
+    prepared = prepare_sites(config, cache, watcher.preparing)
+    sites = prepared.sites
+    for problem in prepared.skipped:
+        watcher.notice(f"skipped {problem.path}: {problem.detail}")
+    drawn_sites(config, 1, [site.name for site in sites])
+    engine = _engine(config, run, cache, sites, log)
+    try:
+        final = _loop(config, run, engine, prepared.resolution, watcher)
+    finally:
+        engine.close()
+        if isinstance(engine, ProcessesEngine):
+            _keep_connections(run / CONNECTIONS_FILE, engine.closed)
+    result = summarize(config, run, final, prepared)
+    write_json(run / RESULT_FILE, result)
+    log.info("finished: test MAE %.3f years", result["accuracy"]["test_mae"])
+    return result
 
 
 def _keep_connections(path: Path, closed: list[dict[str, Any]]) -> None:
@@ -209,7 +216,7 @@ def _keep_connections(path: Path, closed: list[dict[str, Any]]) -> None:
 
 
 def _engine(
-    config: RunConfig, run: Path, cache: Path, sites: Sequence[SitePeople]
+    config: RunConfig, run: Path, cache: Path, sites: Sequence[SitePeople], log: logging.Logger
 ) -> InProcessEngine | ProcessesEngine:
     pooled = config.strategy == "centralized"
     if config.engine == "processes" and not pooled:
@@ -219,6 +226,7 @@ def _engine(
             cache=cache,
             threads=config.threads,
             deadline=config.deadline,
+            log=log,
         )
     return InProcessEngine(
         [
@@ -253,14 +261,16 @@ def _loop(
 
     while True:
         number = server.round + 1
-        watcher.round_started(number, config.rounds, len(hellos))
+        asked = {site: hellos[site] for site in drawn_sites(config, number, hellos)}
+        watcher.round_started(number, config.rounds, list(asked))
         start = time.perf_counter()
         try:
             with _warnings_as_notices(watcher):
-                outcome = play_round(server, config, engine, hellos, watcher.site_answered, holding)
+                outcome = play_round(server, config, engine, asked, watcher.site_answered, holding)
         except QuorumError as error:
             ledger.append(error.rows)
-            raise
+            text = f"{error} Mend the sites and continue with {resume_command(run)}."
+            raise QuorumError(text, error.rows) from None
         for site, failure in outcome.failures.items():
             watcher.notice(f"round {number}: {site} is out: {failure.outcome} ({failure.detail})")
         holding, order = frozenset(outcome.answers), outcome.order
@@ -270,7 +280,7 @@ def _loop(
             watcher.round_finished(history[-1])
         ledger.append(outcome.rows)
         seconds += time.perf_counter() - start
-        entry = _entry(outcome.state, number, outcome.rows, seconds)
+        entry = history_entry(outcome.state, number, outcome.rows, seconds)
         entry["weight_change"] = weight_change(server.weights, outcome.state)
         entry["mask_bits_per_weight"] = mask_bits_per_weight(order)
         if number > config.rounds:
@@ -279,7 +289,7 @@ def _loop(
         losses = [a.report.train_loss for a in outcome.answers.values()]
         known = [loss for loss in losses if loss is not None]
         entry["train_loss"] = sum(known) / len(known) if known else None
-        entry["sites_in"] = len(outcome.answers)
+        entry["sites_asked"], entry["sites_in"] = len(asked), len(outcome.answers)
         server = outcome.state
         history.append(entry)
         checkpoint.save(
@@ -358,31 +368,6 @@ def _first_checkpoint(
         mean_age = sum(hello.age_sum for hello in hellos.values()) / people
     first_voxel, in_shape = config.box(resolution)
     server = initial_state(config, in_shape=in_shape, mean_age=mean_age, first_voxel=first_voxel)
-    history = [_entry(server, 0, rows, 0.0)]
+    history = [history_entry(server, 0, rows, 0.0)]
     contents = {site: hello.content for site, hello in hellos.items()}
     return Checkpoint(server, history, ledger.size_bytes, 0.0, contents)
-
-
-def _entry(server: ServerState, number: int, rows: list[Any], seconds: float) -> dict[str, Any]:
-    """Return the history's line for the model after round ``number``."""
-    pruned = sum(int((~mask).sum()) for mask in (server.masks or {}).values())
-    prunable = sum(t.numel() for n, t in server.weights.items() if is_prunable(n, t))
-    every = sum(tensor.numel() for tensor in server.weights.values())
-    in_prunable = sum(
-        int((~mask).sum())
-        for name, mask in (server.masks or {}).items()
-        if is_prunable(name, server.weights[name])
-    )
-    return {
-        "round": number,
-        "sparsity_prunable": in_prunable / prunable,
-        "sparsity_all": pruned / every,
-        "layer_sparsity": layer_sparsity(server.masks),
-        "payload_down": sum_bytes(rows, "down", "payload_bytes"),
-        "payload_up": sum_bytes(rows, "up", "payload_bytes"),
-        "transport_down": sum_bytes(rows, "down", "transport_bytes"),
-        "transport_up": sum_bytes(rows, "up", "transport_bytes"),
-        "flops_counted": sum(row.flops_counted for row in rows),
-        "flops_executed": sum(row.flops_executed for row in rows),
-        "seconds": seconds,
-    }

@@ -1,4 +1,4 @@
-"""Which implementation runs an op: one explicit table, and a record of the choices made.
+"""Which implementation of `implementations` runs an op, and a record of the choices made.
 
 Nothing here catches a failing import: ``auto`` takes the first row of the table, or torch's dense
 convolution where the cost model of `sparsekit.kernels.masked_conv3d.selector` says so; a backend
@@ -9,9 +9,8 @@ its kernels can run.
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,13 +18,13 @@ from torch.nn import Parameter
 
 from sparsekit.errors import ArgumentError, BackendError
 from sparsekit.kernels import triton_device
-from sparsekit.kernels.bitmap import reference as bitmap_reference
-from sparsekit.kernels.conv_norm_pool_relu import reference as conv_norm_pool_relu_reference
-from sparsekit.kernels.loading import at_first_use
-from sparsekit.kernels.masked_conv3d import reference as conv_reference
-from sparsekit.kernels.norm_pool_relu import reference as norm_pool_relu_reference
-from sparsekit.kernels.topk_mask import reference as topk_reference
-from sparsekit.kernels.zero_pruned import reference as zero_pruned_reference
+from sparsekit.kernels.implementations import (
+    DENSE,
+    GPU_DENSE,
+    TRITON,
+    Implementation,
+    available,
+)
 
 if TYPE_CHECKING:
     from sparsekit.kernels.masked_conv3d.gpu_cost import Decision as GpuDecision
@@ -35,17 +34,6 @@ BACKENDS = ("reference", "cpu", "triton")
 """Every backend that can be named; not each op has each of them."""
 
 MAX_RECORDS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Implementation:
-    """One row of the table: an implementation and what its time follows."""
-
-    backend: str
-    load: Callable[[], Callable[..., Any]]
-    """Returns the function; a backend with heavy imports does them here, at first use."""
-    follows_mask: bool
-    """True if pruned weights cost no time; False if the op is computed densely."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,209 +55,6 @@ class Record:
     detail: str
     reason: str
     calls: int
-
-
-_masked_conv3d_autograd = at_first_use("masked_conv3d.autograd")
-_conv_norm_pool_relu_autograd = at_first_use("conv_norm_pool_relu.autograd")
-_masked_conv3d_dense = at_first_use("masked_conv3d.dense")
-_conv_norm_pool_relu_dense = at_first_use("conv_norm_pool_relu.dense")
-_topk_mask_cpu = at_first_use("topk_mask.cpu")
-_norm_pool_relu_autograd = at_first_use("norm_pool_relu.autograd")
-_zero_pruned_cpu = at_first_use("zero_pruned.cpu")
-_bitmap_cpu = at_first_use("bitmap.cpu")
-_topk_mask_triton = at_first_use("topk_mask.triton", "triton")
-_bitmap_triton_module = at_first_use("bitmap.triton", "triton")
-selector = at_first_use("masked_conv3d.selector")
-"""The cost model, which knows the kernels."""
-gpu_autograd = at_first_use("masked_conv3d.gpu_autograd", "triton")
-"""The Triton kernels of the convolution, with the model that chooses for them."""
-
-_CONV_REFERENCE = Implementation(
-    "reference", lambda: conv_reference.masked_conv3d, follows_mask=False
-)
-_TOPK_REFERENCE = Implementation("reference", lambda: topk_reference.topk_mask, follows_mask=False)
-
-
-def _load_conv_cpu() -> Callable[..., Any]:
-    loaded: Callable[..., Any] = _masked_conv3d_autograd().masked_conv3d
-    return loaded
-
-
-def _load_conv_norm_pool_relu_cpu() -> Callable[..., Any]:
-    loaded: Callable[..., Any] = _conv_norm_pool_relu_autograd().conv_norm_pool_relu
-    return loaded
-
-
-_CONV_CPU = Implementation("cpu", _load_conv_cpu, follows_mask=True)
-
-
-def _load_conv_choosing() -> Callable[..., Any]:
-    loaded: Callable[..., Any] = _masked_conv3d_autograd().masked_conv3d_choosing
-    return loaded
-
-
-CONV_CHOOSING = Implementation("cpu", _load_conv_choosing, follows_mask=True)
-"""For code that torch compiles with ``auto``: the operator chooses when it runs."""
-
-
-def _load_conv_dense() -> Callable[..., Any]:
-    loaded: Callable[..., Any] = _masked_conv3d_dense().masked_conv3d
-    return loaded
-
-
-def _load_conv_norm_pool_relu_dense() -> Callable[..., Any]:
-    loaded: Callable[..., Any] = _conv_norm_pool_relu_dense().conv_norm_pool_relu
-    return loaded
-
-
-# What ``auto`` takes on a CPU where torch's dense convolution is predicted to be faster.
-DENSE = {
-    "masked_conv3d": Implementation("dense", _load_conv_dense, follows_mask=False),
-    "conv_norm_pool_relu": Implementation(
-        "dense", _load_conv_norm_pool_relu_dense, follows_mask=False
-    ),
-}
-
-_CONV_NORM_POOL_RELU_CPU = Implementation("cpu", _load_conv_norm_pool_relu_cpu, follows_mask=True)
-_CONV_NORM_POOL_RELU_REFERENCE = Implementation(
-    "reference", lambda: conv_norm_pool_relu_reference.conv_norm_pool_relu, follows_mask=False
-)
-
-
-def _load_topk_cpu() -> Callable[..., Any]:
-    loaded: Callable[..., Any] = _topk_mask_cpu().topk_mask
-    return loaded
-
-
-_TOPK_CPU = Implementation("cpu", _load_topk_cpu, follows_mask=False)
-
-_NORM_POOL_RELU_REFERENCE = Implementation(
-    "reference", lambda: norm_pool_relu_reference.norm_pool_relu, follows_mask=False
-)
-
-
-def _load_norm_pool_relu_cpu() -> Callable[..., Any]:
-    loaded: Callable[..., Any] = _norm_pool_relu_autograd().norm_pool_relu
-    return loaded
-
-
-_NORM_POOL_RELU_CPU = Implementation("cpu", _load_norm_pool_relu_cpu, follows_mask=False)
-
-
-def _load_zero_pruned_cpu() -> Callable[..., Any]:
-    loaded: Callable[..., Any] = _zero_pruned_cpu().zero_pruned
-    return loaded
-
-
-_ZERO_PRUNED_CPU = Implementation("cpu", _load_zero_pruned_cpu, follows_mask=False)
-_ZERO_PRUNED_REFERENCE = Implementation(
-    "reference", lambda: zero_pruned_reference.zero_pruned, follows_mask=False
-)
-
-
-def _bitmap(function: str) -> tuple[Implementation, Implementation]:
-    """Rows of one of the functions on masks as bits, which take NumPy arrays."""
-
-    def load_cpu() -> Callable[..., Any]:
-        loaded: Callable[..., Any] = getattr(_bitmap_cpu(), function)
-        return loaded
-
-    def load_reference() -> Callable[..., Any]:
-        loaded: Callable[..., Any] = getattr(bitmap_reference, function)
-        return loaded
-
-    return (
-        Implementation("cpu", load_cpu, follows_mask=False),
-        Implementation("reference", load_reference, follows_mask=False),
-    )
-
-
-def _load_conv_triton() -> Callable[..., Any]:
-    loaded: Callable[..., Any] = gpu_autograd().masked_conv3d
-    return loaded
-
-
-def _load_conv_triton_choosing() -> Callable[..., Any]:
-    loaded: Callable[..., Any] = gpu_autograd().masked_conv3d_choosing
-    return loaded
-
-
-def _load_conv_norm_pool_relu_triton() -> Callable[..., Any]:
-    from sparsekit.kernels.conv_norm_pool_relu import triton
-
-    return triton.conv_norm_pool_relu
-
-
-# (op, device type) -> implementations, best first. Devices that are not listed take ANY_DEVICE.
-ANY_DEVICE = "any"
-TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {
-    ("masked_conv3d", "cpu"): (_CONV_CPU, _CONV_REFERENCE),
-    ("masked_conv3d", ANY_DEVICE): (_CONV_REFERENCE,),
-    ("conv_norm_pool_relu", "cpu"): (_CONV_NORM_POOL_RELU_CPU, _CONV_NORM_POOL_RELU_REFERENCE),
-    ("conv_norm_pool_relu", ANY_DEVICE): (_CONV_NORM_POOL_RELU_REFERENCE,),
-    ("topk_mask", "cpu"): (_TOPK_CPU, _TOPK_REFERENCE),
-    ("topk_mask", ANY_DEVICE): (_TOPK_REFERENCE,),
-    ("zero_pruned", "cpu"): (_ZERO_PRUNED_CPU, _ZERO_PRUNED_REFERENCE),
-    ("zero_pruned", ANY_DEVICE): (_ZERO_PRUNED_REFERENCE,),
-    ("norm_pool_relu", "cpu"): (_NORM_POOL_RELU_CPU, _NORM_POOL_RELU_REFERENCE),
-    ("norm_pool_relu", ANY_DEVICE): (_NORM_POOL_RELU_REFERENCE,),
-    ("bitmap_pack", ANY_DEVICE): _bitmap("pack"),
-    ("bitmap_nonzero", ANY_DEVICE): _bitmap("nonzero"),
-    ("bitmap_unpack", ANY_DEVICE): _bitmap("unpack"),
-    ("bitmap_count", ANY_DEVICE): _bitmap("count"),
-    ("bitmap_compact", ANY_DEVICE): _bitmap("compact"),
-    ("bitmap_expand", ANY_DEVICE): _bitmap("expand"),
-}
-
-
-def _bitmap_triton(function: str) -> Implementation:
-    """One of the functions on masks as bits, which takes tensors."""
-
-    def load() -> Callable[..., Any]:
-        loaded: Callable[..., Any] = getattr(_bitmap_triton_module(), function)
-        return loaded
-
-    return Implementation("triton", load, follows_mask=False)
-
-
-# Ops that have Triton kernels: first choice on a GPU; on a CPU, in the interpreter, only by name.
-TRITON: dict[str, Implementation] = {
-    "topk_mask": Implementation(
-        "triton", lambda: _topk_mask_triton().topk_mask, follows_mask=False
-    ),
-    **{
-        f"bitmap_{function}": _bitmap_triton(function)
-        for function in ("pack", "nonzero", "unpack", "count", "compact", "expand")
-    },
-    "masked_conv3d": Implementation("triton", _load_conv_triton, follows_mask=True),
-    "conv_norm_pool_relu": Implementation(
-        "triton", _load_conv_norm_pool_relu_triton, follows_mask=True
-    ),
-}
-# What ``auto`` takes on a GPU instead where the model of `masked_conv3d.gpu_cost` says so.
-GPU_DENSE = {
-    "masked_conv3d": Implementation(
-        "dense", lambda: conv_reference.masked_conv3d, follows_mask=False
-    ),
-    "conv_norm_pool_relu": Implementation(
-        "dense", lambda: conv_norm_pool_relu_reference.conv_norm_pool_relu, follows_mask=False
-    ),
-}
-GPU_CONV_CHOOSING = Implementation("triton", _load_conv_triton_choosing, follows_mask=True)
-"""For code that torch compiles with ``auto``: the operator chooses when it runs."""
-
-
-def ops() -> tuple[str, ...]:
-    """Names of all ops in the table, in its order."""
-    return tuple(dict.fromkeys(op for op, _ in TABLE))
-
-
-def available(op: str, device_type: str) -> tuple[Implementation, ...]:
-    """Implementations of `op` for tensors on `device_type`, best first."""
-    rows = TABLE.get((op, device_type), TABLE[(op, ANY_DEVICE)])
-    if op not in TRITON or triton_device.why_not(device_type):
-        return rows
-    return (*rows, TRITON[op]) if device_type == "cpu" else (TRITON[op], *rows)
 
 
 def resolve(

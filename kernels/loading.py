@@ -1,7 +1,7 @@
 """Modules that are imported at their first use, by one thread at a time.
 
-Each of them imports Numba or Triton and much else, every one in another order: two threads that start with
-two of them could each find a module that the other has only half imported.
+Each of them imports Numba or Triton and much else, every one in another order: two threads that
+start with two of them could each find a module that the other has only half imported.
 """
 
 import importlib

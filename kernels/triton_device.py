@@ -5,7 +5,11 @@ kernel is imported, so it is set before Python starts.
 """
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
+
+import torch
+from torch import Tensor
 
 GPU = "cuda"
 """Device type of NVIDIA's and, in a ROCm build of torch, of AMD's GPUs."""
@@ -14,6 +18,11 @@ GPU = "cuda"
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Make the GPU of a tensor the current one: Triton launches there, wherever the tensors are."""
+    return torch.cuda.device(x.device) if x.device.type == GPU else nullcontext()
 
 
 def why_not(device_type: str) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.arguments import Convolution
-from sparsekit.kernels import calls, dispatch, triton_device
+from sparsekit.kernels import calls, dispatch, implementations, triton_device
 from sparsekit.kernels.calls import Known
 from sparsekit.kernels.dispatch import Choice
 
@@ -55,12 +55,10 @@ def convolution(
         reference_only=why,
         decision=decision,
     )
-    if compiling and backend == "auto" and choice.implementation.backend == "cpu":
-        chosen: Callable[..., Any] = dispatch.CONV_CHOOSING.load()
-        return chosen
-    if compiling and backend == precision == "auto" and choice.implementation.backend == "triton":
-        chosen = dispatch.GPU_CONV_CHOOSING.load()
-        return chosen
+    own = choice.implementation.backend
+    open_choice = backend == "auto" and (own == "cpu" or (own == "triton" and precision == "auto"))
+    if compiling and open_choice:
+        return implementations.CHOOSING[x.device.type].load()
     return _record(choice, call, weight, mask, backend, kind)
 
 
@@ -130,7 +128,7 @@ def _why_only_reference(
     if not (torch.compiler.is_compiling() or plain):
         return "the Triton kernels cannot see into traced tensors, torch.func or tensor subclasses"
     # Where the kernels are, there is what knows their offsets.
-    dispatch.gpu_autograd()
+    implementations.gpu_autograd()
     from sparsekit.kernels.masked_conv3d import gpu_plans
 
     return gpu_plans.why_too_large(call.shape)
@@ -141,7 +139,7 @@ def _decide_gpu(
 ) -> "GpuDecision | None":
     if triton_device.why_not(call.x.device.type):
         return None
-    decision: GpuDecision = dispatch.gpu_autograd().decide(
+    decision: GpuDecision = implementations.gpu_autograd().decide(
         call.x, weight, mask, bias, call.shape, "auto"
     )
     return decision
@@ -151,7 +149,7 @@ def _decide(
     op: "Op", call: Convolution, weight: Tensor, mask: Tensor, bias: Tensor | None
 ) -> "Decision":
     # The cost model knows the kernels, and those load Numba.
-    selector = dispatch.selector()
+    selector = implementations.selector()
     gradients = selector.gradients_of(call.x, weight, bias)
     decision: Decision = selector.decide_for(
         op, call.shape, call.x.shape[0], selector.density_of(mask), gradients
@@ -163,7 +161,7 @@ def _density(mask: Tensor, backend: str) -> float | None:
     """Density on which the choice depends."""
     if backend != "auto":
         return None
-    density: float = dispatch.selector().density_of(mask)
+    density: float = implementations.selector().density_of(mask)
     return density
 
 

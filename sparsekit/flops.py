@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from sparsekit import choosing
 from sparsekit.errors import ArgumentError
-from sparsekit.kernels import dispatch
+from sparsekit.kernels import dispatch, implementations
 from sparsekit.masks import PRUNABLE_TYPES, check_mask, masks_of
 from sparsekit.nn import ConvBlock, MaskedConv3d, may_fuse
 from sparsekit.types import Masks, Shape
@@ -260,7 +260,7 @@ def _decide(
     if 0 in use.input_shape or choosing.why_only_reference(weight, weight):
         return None
     # The cost model knows the kernels, and those load Numba.
-    selector = dispatch.selector()
+    selector = implementations.selector()
     x = torch.empty(use.input_shape, dtype=weight.dtype, device="meta")
     x.requires_grad_(use.needs_input_grad)
     call = layer.convolution(x if x.ndim == 5 else x.unsqueeze(0))

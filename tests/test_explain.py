@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from sparsekit import prune
 from sparsekit.cli.main import app
-from sparsekit.kernels import dispatch
+from sparsekit.kernels import dispatch, implementations
 from sparsekit.nn import MaskedConv3d, fused_block, sparsify
 from sparsekit.ops import explain, topk_mask
 
@@ -101,9 +101,9 @@ def test_threads_lose_no_call() -> None:
 
 
 def test_auto_takes_the_first_row_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    (reference,) = dispatch.available("topk_mask", "cuda")
-    fast = dispatch.Implementation("cpu", reference.load, follows_mask=False)
-    monkeypatch.setitem(dispatch.TABLE, ("topk_mask", "cpu"), (fast, reference))
+    (reference,) = implementations.available("topk_mask", "cuda")
+    fast = implementations.Implementation("cpu", reference.load, follows_mask=False)
+    monkeypatch.setitem(implementations.TABLE, ("topk_mask", "cpu"), (fast, reference))
     topk_mask([torch.ones(2)], 1)
     assert explain().calls[0].backend == "cpu"
     assert explain().calls[0].reason == "the first choice for cpu tensors"
@@ -115,7 +115,7 @@ def test_auto_takes_the_first_row_and_says_so(monkeypatch: pytest.MonkeyPatch) -
 def test_doctor_says_what_each_op_takes_here() -> None:
     result = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"})
     assert result.exit_code == 0
-    for op in dispatch.ops():
+    for op in implementations.ops():
         taken = dispatch.resolve(op, "cpu")
         assert any(
             op in line and taken.implementation.backend in line and taken.reason in line

@@ -60,7 +60,7 @@ CONV_REFUSALS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"voxel_mask": bools(3, 4, 5).to("meta")}, ArgumentError, "voxel_mask: expected the device"),
     ({"precision": "fp8"}, ArgumentError, "precision: expected one of 'auto', 'ieee', 'tf32'"),
     ({"backend": "cuda"}, ArgumentError, "backend: expected 'auto', 'reference', 'cpu', 'triton'"),
-    ({"backend": "triton"}, BackendError, "no 'triton' implementation of masked_conv3d for cpu"),
+    ({"backend": "triton"}, BackendError, "Triton kernels need tensors on a GPU"),
 ]  # fmt: skip
 
 
@@ -134,7 +134,7 @@ TOPK_REFUSALS: list[tuple[Any, Any, dict[str, Any], type[Exception], str]] = [
     ({"w": ONES}, 1, {"within": {"v": bools(3)}}, ArgumentError, "without a partner"),
     ({"w": ONES * float("nan")}, 1, {}, ArgumentError, "tensors: 'w' holds NaN"),
     ([ONES, -ONES * float("nan")], 0, {}, ArgumentError, "tensors: number 1 holds NaN"),
-    ([ONES], 1, {"backend": "triton"}, BackendError, "'triton' cannot run topk_mask here: .* TRITON_INTERPRET=1"),
+    ([ONES], 1, {"backend": "triton"}, BackendError, "Triton kernels need tensors on"),
     ([ONES], 1, {"backend": "numpy"}, ArgumentError, "backend: expected 'auto'"),
 ]  # fmt: skip
 

@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize(
-    "tool", ["demo_table.py", "cpu_table.py", "values_table.py", "codec_table.py"]
+    "tool",
+    ["demo_table.py", "cpu_table.py", "values_table.py", "codec_table.py", "soak_table.py"],
 )
 def test_tables_are_those_of_the_results_files(tool: str) -> None:
     done = subprocess.run(

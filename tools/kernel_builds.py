@@ -44,8 +44,17 @@ class Figures:
     narrow: int
     """Asynchronous copies in the main loop of fewer bytes, such as those of the lists."""
 
+    def lacks(self, build: Build) -> str:
+        """Say what the code should have and has not; empty if it has all."""
+        if build.tensor_cores and not self.tensor:
+            return "uses no matrix unit"
+        if build.wide_copies and self.copies <= self.narrow:
+            return "is not fed by copies of 16 bytes"
+        return ""
+
 
 def read(build: Build, target: str) -> Figures:
+    """Compile for one kind of GPU and read the machine code."""
     source = ASTSource(build.kernel, build.signature, _at(build), build.attrs)
     options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
     compiled = triton.compile(source, target=TARGETS[target], options=options)

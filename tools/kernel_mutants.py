@@ -79,7 +79,7 @@ def try_one(mutant: Mutant, tree: Path) -> Outcome:
     finally:
         path.write_text(original)
     # 1: tests ran and some failed. Anything else is no verdict on the mutant, but for a crash.
-    caught = done.returncode == 1 and "1 failed" in done.stdout or done.returncode < 0
+    caught = (done.returncode == 1 and "1 failed" in done.stdout) or done.returncode < 0
     if not caught and done.returncode not in (0, 1):
         raise RuntimeError(f"{mutant.name}: {' '.join(line)} ended with {done.returncode}:\n"
                            f"{done.stdout[-2000:]}{done.stderr[-2000:]}")  # fmt: skip

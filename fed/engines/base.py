@@ -31,6 +31,8 @@ class Failure:
     """What of the request went out, with the engine's frame; None if all did."""
     received_bytes: int = 0
     """What came back all the same."""
+    seconds: float = 0.0
+    """From the request until the failure was known."""
 
 
 class Engine(Protocol):

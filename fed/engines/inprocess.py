@@ -64,11 +64,11 @@ class InProcessEngine:
         try:
             data = self._sites[name].handle(request, self._stop.is_set)
         except BaseMismatchError as error:
-            return Failure(STALE, str(error))
+            return Failure(STALE, str(error), seconds=time.perf_counter() - start)
         except CodecError as error:
-            return Failure("corrupt", str(error))
+            return Failure("corrupt", str(error), seconds=time.perf_counter() - start)
         except (SparsekitError, OSError) as error:
-            return Failure("dead", str(error))
+            return Failure("dead", str(error), seconds=time.perf_counter() - start)
         return Reply(data, time.perf_counter() - start)
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hmac
+import logging
 import os
 import secrets
 import socket
@@ -21,6 +22,7 @@ from sparsekit.fed import messages
 from sparsekit.fed.engines import framed
 from sparsekit.fed.engines.base import STALE, Answered, Failure, Reply, ask_all
 from sparsekit.fed.engines.framed import BrokenFrameError, Connection, Counts
+from sparsekit.fed.engines.nursery import ForkedProcess, Nursery, can_fork
 from sparsekit.fed.engines.site_process import SECRET, SERVER, THREADS
 
 _MOST_HELLO_BYTES = 1 << 16
@@ -31,6 +33,9 @@ _START_SECONDS, _START_SECONDS_EACH = 120.0, 10.0
 # For one that lives and may be about to connect again.
 _MOMENT_SECONDS = 1.0
 _OUTCOMES = ("corrupt", "dead", STALE)
+SITE_COMMAND = (sys.executable, "-m", "sparsekit.fed.engines.site_process")
+_NO_LOG = logging.Logger("sparsekit.fed.engines.processes")
+_NO_LOG.addHandler(logging.NullHandler())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +62,10 @@ class ProcessesEngine:
     deadline : float
         Seconds within which a site must have replied. The process of one that has not is ended:
         sites keep nothing that they need from round to round, and a new one starts for the next.
+    log : logging.Logger, optional
+        Told when processes start and connections open and end.
+    command : sequence of str, optional
+        What a site's process runs; tests put one there that misbehaves.
     """
 
     travels = True
@@ -70,14 +79,20 @@ class ProcessesEngine:
         cache: Path,
         threads: int,
         deadline: float,
+        log: logging.Logger = _NO_LOG,
+        command: Sequence[str] = SITE_COMMAND,
     ) -> None:
         self._sites = {site.name: site for site in sites}
         self._run, self._cache, self._deadline = run, cache, deadline
+        self._log, self._command = log, tuple(command)
         self._start_seconds = _START_SECONDS + _START_SECONDS_EACH * len(sites)
         self._workers = max(1, min(threads, len(sites)))
         self._torch_threads = max(1, threads // self._workers)
         self._secret = secrets.token_hex(16)
-        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        # OpenMP's threads do not survive a fork: sites that have several start on their own.
+        forks = self._torch_threads == 1 and len(sites) > 1 and self._command == SITE_COMMAND
+        self._nursery = Nursery(run) if forks and can_fork() else None
+        self._children: dict[str, subprocess.Popen[bytes] | ForkedProcess] = {}
         self._connections: dict[str, Connection] = {}
         self._hellos: dict[str, bytes] = {}
         self._troubles: dict[str, str] = {}
@@ -104,7 +119,7 @@ class ProcessesEngine:
         missing = [name for name in self._sites if name not in self._connections]
         if missing:
             name = missing[0]
-            why = self._troubles.get(name, f"see {self._log(name)}")
+            why = self._troubles.get(name, f"see {self._log_file(name)}")
             raise RunError(f"site {name}: its process did not introduce itself; {why}")
         return dict(self._hellos)
 
@@ -127,7 +142,7 @@ class ProcessesEngine:
             connection = self._connections.get(name)
             if connection is None:
                 why = self._troubles.get(name, "its process is gone")
-                return Failure("dead", why, sent_bytes=0)
+                return Failure("dead", why, sent_bytes=0, seconds=time.monotonic() - start)
             self._busy.add(name)
         sent, received = connection.sent, connection.received
         # A reply holds a model as the request does, coded in another way or not at all.
@@ -139,7 +154,11 @@ class ProcessesEngine:
                 return Reply(frame.data, time.monotonic() - start)
             if frame.kind == framed.FAILURE:
                 received = connection.received - received
-                return dataclasses.replace(_failure(frame.data), received_bytes=received)
+                return dataclasses.replace(
+                    _failure(frame.data),
+                    received_bytes=received,
+                    seconds=time.monotonic() - start,
+                )
             outcome, detail = "corrupt", f"it sent a frame of kind {frame.kind} as its reply"
         except TimeoutError:
             outcome, detail = "late", f"no reply within {self._deadline:g} s"
@@ -151,12 +170,13 @@ class ProcessesEngine:
             with self._changed:
                 self._busy.discard(name)
         # What it still works on, or sends, belongs to no later round.
+        seconds = time.monotonic() - start
         self._drop(name, connection)
         with contextlib.suppress(KeyError):
             self._children[name].kill()
         return Failure(
-            outcome, detail, connection.sent - sent, connection.received - received
-        )  # fmt: skip
+            outcome, detail, connection.sent - sent, connection.received - received, seconds
+        )
 
     def _start(self, names: Sequence[str]) -> None:
         """Start the processes of sites that have none, and wait until all are connected."""
@@ -183,32 +203,40 @@ class ProcessesEngine:
 
     def _spawn(self, site: SiteProcess) -> None:
         self._troubles.pop(site.name, None)
-        own = {
-            SECRET: self._secret,
-            SERVER: str(os.getpid()),
-            THREADS: str(self._torch_threads),
-        }
-        port = str(self._listener.getsockname()[1])
+        own = {SECRET: self._secret, THREADS: str(self._torch_threads)}
+        arguments = [
+            *(str(self._run), str(self._cache), quote(site.name, safe="")),
+            *(str(self._listener.getsockname()[1]), str(site.folder)),
+        ]
+        log_file = self._log_file(site.name)
         try:
             site.folder.mkdir(parents=True, exist_ok=True)
-            with self._log(site.name).open("ab") as log:
-                self._children[site.name] = subprocess.Popen(
-                    [
-                        *(sys.executable, "-m", "sparsekit.fed.engines.site_process"),
-                        *(str(self._run), str(self._cache), quote(site.name, safe="")),
-                        *(port, str(site.folder)),
-                    ],
-                    env=os.environ | own,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    # Ctrl-C is for the server, which says goodbye; the sites end with it.
-                    start_new_session=True,
-                )
+            if self._nursery is not None:
+                child = self._nursery.fork(arguments, own, log_file)
+                self._children[site.name] = child
+            else:
+                self._children[site.name] = self._popen(arguments, own, log_file)
         except OSError as error:
             self._troubles[site.name] = f"its process could not be started: {error}"
+            return
+        pid = self._children[site.name].pid
+        self._log.info("%s: process %d started, see %s", site.name, pid, log_file)
 
-    def _log(self, name: str) -> Path:
+    def _popen(
+        self, arguments: Sequence[str], own: dict[str, str], log_file: Path
+    ) -> subprocess.Popen[bytes]:
+        with log_file.open("ab") as log:
+            return subprocess.Popen(
+                [*self._command, *arguments],
+                env=os.environ | own | {SERVER: str(os.getpid())},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                # Ctrl-C is for the server, which says goodbye; the sites end with it.
+                start_new_session=True,
+            )
+
+    def _log_file(self, name: str) -> Path:
         return self._sites[name].folder / "process.log"
 
     def _accept(self) -> None:
@@ -255,6 +283,7 @@ class ProcessesEngine:
             self._connections[name] = connection
             self._hellos[name] = hello
             self._changed.notify_all()
+        self._log.info("%s: connected", name)
         if before is not None:
             self._end(name, before, in_order=False)
 
@@ -275,6 +304,11 @@ class ProcessesEngine:
         row = {"site": name, "in_order": in_order, **dataclasses.asdict(counts)}
         with self._changed:
             self.closed.append(row)
+        how = "in order" if in_order else "early"
+        self._log.info(
+            "%s: connection ended %s, %d bytes sent, %d received (operating system: %s, %s)",
+            *(name, how, counts.sent, counts.received, counts.kernel_sent, counts.kernel_received),
+        )
 
     def close(self) -> None:
         """Say goodbye, compare the counters, and end all processes."""
@@ -320,6 +354,8 @@ class ProcessesEngine:
             for child in self._children.values():
                 child.kill()
                 child.wait()
+            if self._nursery is not None:
+                self._nursery.close(max(1.0, until - time.monotonic()))
 
 
 def _failure(data: bytes) -> Failure:

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 
 from sparsekit.kernels.builds import Build, build
-from sparsekit.kernels.masked_conv3d import triton
-from sparsekit.kernels.masked_conv3d.boxes import boxes_of
+from sparsekit.kernels.masked_conv3d import triton_passes
 from sparsekit.kernels.masked_conv3d.gpu_plan import Tile
+from sparsekit.kernels.masked_conv3d.strips import strips_of
 from sparsekit.kernels.masked_conv3d.tiles import ROWS, Architecture, Kind, Precision, settings
 
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -63,17 +63,17 @@ def _types(kernel: Any, pointers: dict[str, str], constants: dict[str, Any]) -> 
 
 def _product(kind: Kind, tile: Tile, width: int) -> Build:
     element = _TYPES[kind.dtype]
-    d, h, w = boxes_of(_GRID, tile.voxels).box
+    d, h = strips_of(_GRID, tile.voxels).cross
     wide = width > 1
     pointers = {
         "x": element, "packed": element, "offsets": "i32", "steps": "i32", "bias": element,
         "live": "i32", "y": element,
     }  # fmt: skip
     constants = {
-        "BOX_D": d, "BOX_H": h, "BOX_W": w, "BN": tile.rows, "BK": tile.entries,
+        "VOXELS": tile.voxels, "CROSS_D": d, "CROSS_H": h, "BN": tile.rows, "BK": tile.entries,
         "CONTIGUOUS": width, "HAS_BIAS": True, "HAS_LIVE": True, "PRECISION": kind.precision,
     }  # fmt: skip
-    kernel = triton.gather_product
+    kernel = triton_passes.gather_product
     return build(
         kernel, _types(kernel, pointers, constants), constants,
         num_warps=tile.warps, num_stages=tile.stages,
@@ -85,19 +85,19 @@ def _product(kind: Kind, tile: Tile, width: int) -> Build:
 
 def _sums(kind: Kind, tile: Tile, width: int) -> Build:
     element = _TYPES[kind.dtype]
-    d, h, w = boxes_of(_GRID, tile.voxels).box
+    d, h = strips_of(_GRID, tile.voxels).cross
     wide = width > 1
     pointers = {
-        "x": element, "gradient": element, "offsets": "i32", "steps": "i32", "boxes": "i32",
-        "box_count": "i32", "partial": "fp32",
+        "x": element, "gradient": element, "offsets": "i32", "steps": "i32", "listed": "i32",
+        "part_count": "i32", "partial": "fp32",
     }  # fmt: skip
     constants = {
-        "BOX_D": d, "BOX_H": h, "BOX_W": w, "BN": tile.rows, "BK": tile.entries,
-        "CONTIGUOUS": width, "G_CONTIGUOUS": width, "HAS_BOXES": True,
+        "VOXELS": tile.voxels, "CROSS_D": d, "CROSS_H": h, "BN": tile.rows, "BK": tile.entries,
+        "CONTIGUOUS": width, "G_CONTIGUOUS": width, "HAS_LISTED": True,
         "PRECISION": kind.precision, **({"g_c": 1} if wide else {}),
     }  # fmt: skip
     steps = ("x_n", "x_d", "x_h", "x_w", "g_n", "g_d", "g_h", "g_w") if wide else ()
-    kernel = triton.weight_gradient
+    kernel = triton_passes.weight_gradient
     return build(
         kernel, _types(kernel, pointers, constants), constants,
         num_warps=tile.warps, num_stages=tile.stages,
@@ -116,7 +116,7 @@ def _pack(kind: Kind, rows: int) -> Build:
     element = _TYPES[kind.dtype]
     pointers = {"weight": element, "mask": "u8", "sources": "i32", "packed": element}
     constants = {"BN": rows, "BLOCK": 64}
-    kernel = triton.pack_weights
+    kernel = triton_passes.pack_weights
     return build(
         kernel, _types(kernel, pointers, constants), constants, num_warps=4,
         multiples=("length",), detail=f"{element}, {rows} x 64",
@@ -129,7 +129,7 @@ def _sum_splits(kind: Kind, tile: Tile) -> Build:
         "partial": "fp32", "mask": "u8", "sources": "i32", "steps": "i32", "out": element,
     }  # fmt: skip
     constants = {"BN": tile.rows, "BK": tile.entries}
-    kernel = triton.sum_splits
+    kernel = triton_passes.sum_splits
     return build(
         kernel, _types(kernel, pointers, constants), constants, num_warps=4,
         multiples=("length",), detail=f"{element}, {tile.rows} x {tile.entries}",

@@ -46,7 +46,7 @@ class Lists:
     offsets: Tensor
     """(tiles, length), int32: where a column stands in the source; 0 in what fills up."""
     sources: Tensor
-    """(tiles, length), int32: the weight, from the row's first element on; -1 where there is none."""
+    """(tiles, length), int32: the weight, from the row's first element on; -1 for none."""
     steps: Tensor
     """(tiles,), int32: steps of each list."""
     counts: Tensor
@@ -75,8 +75,7 @@ def live_runs(kept: Tensor, rows_per_tile: int, width: int) -> Tensor:
     short_rows, short_channels = tiles * rows_per_tile - rows, runs * width - channels
     if short_rows or short_channels:
         kept = torch.nn.functional.pad(kept, (0, 0, 0, short_channels, 0, short_rows))
-    live = kept.view(groups, tiles, rows_per_tile, runs, width, taps).amax(dim=(2, 4))
-    return live
+    return kept.view(groups, tiles, rows_per_tile, runs, width, taps).amax(dim=(2, 4))
 
 
 def build(

@@ -1,6 +1,6 @@
 """Masked 3D convolution in Triton as a differentiable function and as registered operators.
 
-Eager code takes `_MaskedConv3d`; code that torch compiles takes ``sparsekit::triton_masked_conv3d``.
+Eager code takes `_MaskedConv3d`, code that torch compiles ``sparsekit::triton_masked_conv3d``.
 """
 
 from typing import Any
@@ -16,6 +16,7 @@ from sparsekit.kernels.masked_conv3d.gpu_cost import Decision
 from sparsekit.kernels.masked_conv3d.gpu_plan import Plan
 from sparsekit.kernels.masked_conv3d.gpu_plans import GpuPlans, kind_of
 from sparsekit.kernels.masked_conv3d.tiles import Precision
+from sparsekit.kernels.triton_device import on_device_of
 
 
 def decide(
@@ -35,6 +36,14 @@ def _forward(
     voxel_mask: Tensor | None, precision: Precision,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the output and the packed input."""
+    with on_device_of(x):
+        return _launch_forward(x, weight, mask, bias, plan, voxel_mask, precision)
+
+
+def _launch_forward(
+    x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, plan: Plan,
+    voxel_mask: Tensor | None, precision: Precision,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     source = launches.pack_source(x, plan)
     y = torch.empty(
         (x.shape[0], plan.shape.c_out, *plan.shape.out),
@@ -57,11 +66,12 @@ def _backward(
     """Gradients of the input, the weight and the bias."""
     if voxel_mask is not None:
         grad = torch.where(voxel_mask, grad, 0.0)
-    found = launches.backward(
-        grad, source, weight.contiguous(), mask.contiguous(), plan,
-        precision=precision, need_x=need_x, need_weight=need_weight,
-        voxel_mask=_voxels(voxel_mask, grad.shape[0]),
-    )  # fmt: skip
+    with on_device_of(grad):
+        found = launches.backward(
+            grad, source, weight.contiguous(), mask.contiguous(), plan,
+            precision=precision, need_x=need_x, need_weight=need_weight,
+            voxel_mask=_voxels(voxel_mask, grad.shape[0]),
+        )  # fmt: skip
     return found.x, found.weight, grad.sum(dim=(0, 2, 3, 4))
 
 

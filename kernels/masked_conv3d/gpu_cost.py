@@ -1,8 +1,8 @@
 """What a masked convolution costs on a GPU, as a model: none of its numbers was timed.
 
 A launch takes as long as its products at the rate that its tile reaches, or as its bytes at the
-memory's rate, whichever is longer. Peak rates are the makers' figures for dense products; what share
-of them a tile reaches is the roofline of docs/results/kernels.md.
+memory's rate, whichever is longer. Peak rates are the makers' figures for dense products; what
+share of them a tile reaches is what its loads from shared memory leave (README.md).
 """
 
 import itertools
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsekit.kernels.masked_conv3d.boxes import boxes_of
 from sparsekit.kernels.masked_conv3d.columns import live_runs
 from sparsekit.kernels.masked_conv3d.geometry import Shape
 from sparsekit.kernels.masked_conv3d.gpu_plan import Settings, Tile
+from sparsekit.kernels.masked_conv3d.strips import strips_of
 from sparsekit.kernels.masked_conv3d.tiles import ROWS, WIDTHS, Kind, settings
 
 _LAUNCH_SECONDS = 5e-6
@@ -162,12 +162,12 @@ def _product(
     columns: float, samples: int, element: int,
 ) -> float:  # fmt: skip
     """Seconds of one launch over a grid of voxels."""
-    boxes = boxes_of(grid, tile.voxels)
     tensor = kind.precision != "ieee" or kind.dtype != torch.float32
     reached = _CEILING[tile.rows] * _OF_CEILING if tensor else 0.5
     if width == 1:
         reached *= _COLUMNS[element]
-    work = 2.0 * samples * boxes.count * boxes.voxels * columns * tile.rows
+    voxels = strips_of(grid, tile.voxels).tiles(samples) * tile.voxels
+    work = 2.0 * voxels * columns * tile.rows
     moved = samples * element * (read * 2 + written * math.prod(grid))
     memory = RATES[kind.architecture].memory * 1e12
     return max(work / (_peak(kind) * reached), moved / memory) + 2 * _LAUNCH_SECONDS

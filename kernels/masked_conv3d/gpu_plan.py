@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsekit.kernels.masked_conv3d.boxes import Boxes, boxes_of
 from sparsekit.kernels.masked_conv3d.columns import Filters, Lists, Source, build
 from sparsekit.kernels.masked_conv3d.geometry import Shape
 from sparsekit.kernels.masked_conv3d.padded import Padded
+from sparsekit.kernels.masked_conv3d.strips import Strips, strips_of
 from sparsekit.types import Size3
 
 
@@ -47,7 +47,7 @@ class Pass:
 
     lists: Lists
     steps: Tensor
-    boxes: Boxes
+    strips: Strips
     first: Size3
     """First voxel of the output that the launch writes."""
     every: Size3
@@ -66,7 +66,7 @@ class Plan:
     forward: Pass
     gradient_steps: Tensor
     """(tiles,): steps of the forward lists as the weight gradient takes them."""
-    gradient_boxes: Boxes
+    gradient_strips: Strips
     gradient: Padded
     """Of the output's gradient."""
     backward: tuple[Pass, ...]
@@ -87,9 +87,9 @@ def make(mask: Tensor, shape: Shape, settings: Settings) -> Plan:
     taps = math.prod(shape.kernel)
     kept = mask.reshape(groups, rows_per_group, per_group, taps)
 
-    boxes = boxes_of(shape.out, settings.forward.voxels)
-    gradient_boxes = boxes_of(shape.out, settings.weight_gradient.voxels)
-    covered = _most(boxes.covered, gradient_boxes.covered)
+    strips = strips_of(shape.out, settings.forward.voxels)
+    gradient_strips = strips_of(shape.out, settings.weight_gradient.voxels)
+    covered = _most(strips.covered, gradient_strips.covered)
     last_tap = _axes(lambda k, e: (k - 1) * e, shape.kernel, shape.dilation)
     source = Padded(
         per_group,
@@ -100,7 +100,10 @@ def make(mask: Tensor, shape: Shape, settings: Settings) -> Plan:
         settings.width > 1,
     )
     tap_places = list(itertools.product(*(range(k) for k in shape.kernel)))
-    offsets = [_dot(_axes(lambda t, e: t * e, t, shape.dilation), source.axes) for t in tap_places]
+    offsets = [
+        sum(t * e * s for t, e, s in zip(tap, shape.dilation, source.axes, strict=True))
+        for tap in tap_places
+    ]
     lists = build(
         Filters(kept, per_group * taps, taps, _int32(range(taps), mask), 0),
         Source(source.channel, source.group, _int32(offsets, mask)),
@@ -109,14 +112,14 @@ def make(mask: Tensor, shape: Shape, settings: Settings) -> Plan:
         max(settings.forward.entries, settings.weight_gradient.entries),
     )
     forward = Pass(
-        lists, _steps(lists, settings.forward), boxes, (0, 0, 0), (1, 1, 1),
+        lists, _steps(lists, settings.forward), strips, (0, 0, 0), (1, 1, 1),
         (_axes(lambda p: -p, shape.padding), _axes(lambda t, p: t - p, last_tap, shape.padding)),
     )  # fmt: skip
 
     classes = _classes(shape, settings.input_gradient.voxels)
-    gradient = _gradient_layout(shape, settings, classes, gradient_boxes)
+    gradient = _gradient_layout(shape, settings, classes, gradient_strips)
     backward = []
-    for boxes_in, first, reached in classes:
+    for strips_in, first, reached in classes:
         chosen = [i for i, t in enumerate(tap_places) if _reached(t, reached) is not None]
         places = [_reached(tap_places[i], reached) for i in chosen]
         found = [place for place in places if place is not None]
@@ -138,13 +141,13 @@ def make(mask: Tensor, shape: Shape, settings: Settings) -> Plan:
         low, high = _ends(found)
         backward.append(
             Pass(
-                lists, _steps(lists, settings.input_gradient), boxes_in, first, shape.stride,
+                lists, _steps(lists, settings.input_gradient), strips_in, first, shape.stride,
                 (low, high),
             )
         )  # fmt: skip
     return Plan(
         shape, settings, source, forward, _steps(forward.lists, settings.weight_gradient),
-        gradient_boxes, gradient, tuple(backward),
+        gradient_strips, gradient, tuple(backward),
     )  # fmt: skip
 
 
@@ -152,8 +155,8 @@ def make(mask: Tensor, shape: Shape, settings: Settings) -> Plan:
 Reached = tuple[list[int | None], list[int | None], list[int | None]]
 
 
-def _classes(shape: Shape, voxels: int) -> list[tuple[Boxes, Size3, Reached]]:
-    """Input voxels by the remainder that they leave: their boxes, the first one, what it reads."""
+def _classes(shape: Shape, voxels: int) -> list[tuple[Strips, Size3, Reached]]:
+    """Input voxels by the remainder that they leave: their strips, the first one, what it reads."""
     per_axis: list[list[tuple[int, int, list[int | None]]]] = []
     axes = zip(shape.size, shape.kernel, shape.stride, shape.padding, shape.dilation, strict=True)
     for size, kernel, stride, padding, dilation in axes:
@@ -165,22 +168,22 @@ def _classes(shape: Shape, voxels: int) -> list[tuple[Boxes, Size3, Reached]]:
         per_axis.append(found)
     classes = []
     for d, h, w in itertools.product(*per_axis):
-        boxes = boxes_of((d[1], h[1], w[1]), voxels)
-        classes.append((boxes, (d[0], h[0], w[0]), (d[2], h[2], w[2])))
+        strips = strips_of((d[1], h[1], w[1]), voxels)
+        classes.append((strips, (d[0], h[0], w[0]), (d[2], h[2], w[2])))
     return classes
 
 
 def _gradient_layout(
-    shape: Shape, settings: Settings, classes: list[tuple[Boxes, Size3, Reached]],
-    gradient_boxes: Boxes,
+    shape: Shape, settings: Settings, classes: list[tuple[Strips, Size3, Reached]],
+    gradient_strips: Strips,
 ) -> Padded:  # fmt: skip
-    """Room for all that the input gradient's boxes and the weight gradient's read."""
-    front, extent = [0, 0, 0], list(gradient_boxes.covered)
-    for boxes, _, reached in classes:
+    """Room for all that the input gradient's tiles and the weight gradient's read."""
+    front, extent = [0, 0, 0], list(gradient_strips.covered)
+    for strips, _, reached in classes:
         for axis in range(3):
             for place in (p for p in reached[axis] if p is not None):
                 front[axis] = max(front[axis], -place)
-                extent[axis] = max(extent[axis], place + boxes.covered[axis])
+                extent[axis] = max(extent[axis], place + strips.covered[axis])
     per_group = shape.c_out // shape.groups
     return Padded(
         per_group,

@@ -39,8 +39,8 @@ def product(
     dtype : torch.dtype
     bias : bool
     """
-    element, boxes = dtype.itemsize, launch.boxes
-    programs, voxels = samples * boxes.count, boxes.voxels
+    element, strips = dtype.itemsize, launch.strips
+    programs, voxels = strips.tiles(samples), strips.voxels
     steps = int(launch.steps.sum())
     entries = steps * tile.entries
     channels = len(launch.steps) // launch.lists.tiles_per_group * rows
@@ -49,7 +49,7 @@ def product(
         + entries * (4 + (voxels + tile.rows) * element)
         + (channels * element if bias else 0)
     )
-    grid = boxes.grid[0] * boxes.grid[1] * boxes.grid[2]
+    grid = strips.grid[0] * strips.grid[1] * strips.grid[2]
     each = 2 * programs * voxels * tile.rows
     filling = entries - int(launch.lists.counts.sum())
     return Work(loaded, samples * grid * channels * element, each * entries, each * filling)
@@ -57,18 +57,18 @@ def product(
 
 def weight_gradient(plan: Plan, samples: int, dtype: torch.dtype) -> Work:
     """Work of `weight_gradient`, without a voxel mask and without the sum over its splits."""
-    tile, lists, boxes = plan.settings.weight_gradient, plan.forward.lists, plan.gradient_boxes
+    tile, lists, strips = plan.settings.weight_gradient, plan.forward.lists, plan.gradient_strips
     steps = int(plan.gradient_steps.sum())
     tiles, length = lists.offsets.shape
     most_steps = length // tile.entries
-    splits = splits_of(tiles * most_steps, samples * boxes.count)
-    inside = samples * boxes.grid[0] * boxes.grid[1] * boxes.grid[2]
+    splits = splits_of(tiles * most_steps, strips.tiles(samples))
+    inside = samples * strips.grid[0] * strips.grid[1] * strips.grid[2]
     loaded = (
         splits * tiles * most_steps * 4
         + splits * steps * (tile.entries * 4 + 4)
         + steps * inside * (tile.entries + tile.rows) * dtype.itemsize
     )
     stored = splits * steps * tile.entries * tile.rows * 4
-    each = 2 * samples * boxes.count * boxes.voxels * tile.rows
+    each = 2 * strips.tiles(samples) * strips.voxels * tile.rows
     entries = steps * tile.entries
     return Work(loaded, stored, each * entries, each * (entries - int(lists.counts.sum())))

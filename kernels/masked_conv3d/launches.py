@@ -2,16 +2,19 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsekit.kernels.masked_conv3d import padded, triton
-from sparsekit.kernels.masked_conv3d.boxes import Boxes, live_boxes
+from sparsekit.kernels.masked_conv3d import padded, triton_passes
 from sparsekit.kernels.masked_conv3d.gpu_plan import Pass, Plan, Tile
+from sparsekit.kernels.masked_conv3d.strips import Strips, live_tiles
 from sparsekit.types import Size3
 
 _PACK_BLOCK = 64
+# Type checkers see the kernels' bodies, not what a launch takes.
+_passes: Any = triton_passes
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +55,13 @@ def forward(
     precision : str
         Triton's ``input_precision``.
     voxel_mask : Tensor, (n, d, h, w), bool, optional
-        Boxes without a voxel of it are not computed.
+        Tiles without a voxel of it are not computed.
     """
     shape = plan.shape
     live = None
     if voxel_mask is not None:
         zeros = (0, 0, 0)
-        live = live_boxes(voxel_mask, plan.forward.boxes, zeros, zeros, (1, 1, 1))
+        live = live_tiles(voxel_mask, plan.forward.strips, zeros, zeros)
     row_step = weight.shape[1] * math.prod(shape.kernel)
     product(
         source, plan.source.axes, plan.source.sample, (0, 0, 0), shape.stride,
@@ -95,7 +98,7 @@ def backward(
     need_x, need_weight : bool
         Which to compute.
     voxel_mask : Tensor, (n, d, h, w), bool, optional
-        Boxes that reach no voxel of it are not computed.
+        Tiles that reach no voxel of it are not computed.
     """
     packed = padded.pack(gradient, plan.gradient)
     dx = _input_gradient(packed, weight, mask, plan, precision, voxel_mask) if need_x else None
@@ -116,9 +119,7 @@ def _input_gradient(
     for launch in plan.backward:
         live = None
         if voxel_mask is not None:
-            low, high = launch.reach
-            before = (-low[0], -low[1], -low[2])
-            live = live_boxes(voxel_mask, launch.boxes, before, high, (1, 1, 1))
+            live = live_tiles(voxel_mask, launch.strips, *launch.reach)
         product(
             packed, plan.gradient.axes, plan.gradient.sample, plan.gradient.front, (1, 1, 1),
             weight, mask, None, launch, plan.settings.input_gradient,
@@ -135,28 +136,28 @@ def product(
     live: Tensor | None,
 ) -> None:  # fmt: skip
     """Pack the weights and launch the product; `front` is where the voxels' own places begin."""
-    lists, boxes, n = launch.lists, launch.boxes, out.shape[0]
+    lists, strips, n = launch.lists, launch.strips, out.shape[0]
     tiles, length = lists.offsets.shape
     packed = torch.empty((tiles, tile.rows, length), dtype=weight.dtype, device=weight.device)
-    triton.pack_weights[(tiles * -(-length // _PACK_BLOCK),)](
+    _passes.pack_weights[(tiles * -(-length // _PACK_BLOCK),)](
         weight, mask.view(torch.uint8), lists.sources, packed,
         rows, row_step, lists.tiles_per_group, length,
         BN=tile.rows, BLOCK=_PACK_BLOCK,
     )  # fmt: skip
-    if n * boxes.count == 0:
+    if n * strips.per_sample == 0:
         return
     y_n, y_c, *y = out.stride()
     first = sum(i * s for i, s in zip(launch.first, y, strict=True))
     begin = sum(i * s for i, s in zip(front, axes, strict=True))
-    triton.gather_product[(n * boxes.count * tiles,)](
+    _passes.gather_product[(strips.tiles(n) * tiles,)](
         source.view(-1)[begin:], packed, lists.offsets, launch.steps, bias,
         None if live is None else live.to(torch.int32),
         _from(out, first),
-        *boxes.per_axis, *boxes.grid,
+        *_numbers(strips, n),
         sample, *(a * s for a, s in zip(axes, stride, strict=True)),
         y_n, y_c, *(a * s for a, s in zip(y, launch.every, strict=True)),
         tiles, rows, lists.tiles_per_group, length,
-        BOX_D=boxes.box[0], BOX_H=boxes.box[1], BOX_W=boxes.box[2],
+        VOXELS=strips.voxels, CROSS_D=strips.cross[0], CROSS_H=strips.cross[1],
         BN=tile.rows, BK=tile.entries, CONTIGUOUS=contiguous,
         HAS_BIAS=bias is not None, HAS_LIVE=live is not None, PRECISION=precision,
         num_warps=tile.warps, num_stages=tile.stages,
@@ -181,33 +182,33 @@ def _weight_gradient(
     voxel_mask: Tensor | None,
 ) -> Tensor:  # fmt: skip
     shape, tile, lists = plan.shape, plan.settings.weight_gradient, plan.forward.lists
-    boxes, n = plan.gradient_boxes, source.shape[0]
+    strips, n = plan.gradient_strips, source.shape[0]
     tiles, length = lists.offsets.shape
-    listed, count = _list_boxes(voxel_mask, boxes, n, source.device)
-    most = n * boxes.count
+    most = strips.tiles(n)
+    listed, count = _list_tiles(voxel_mask, strips, most, source.device)
     splits = splits_of(tiles * (length // tile.entries), most)
     partial = torch.empty(
         (splits, tiles, length, tile.rows), dtype=torch.float32, device=source.device
     )
     begin = sum(i * s for i, s in zip(plan.gradient.front, plan.gradient.axes, strict=True))
     axes = (a * s for a, s in zip(plan.source.axes, shape.stride, strict=True))
-    triton.weight_gradient[(splits * tiles * (length // tile.entries),)](
+    _passes.weight_gradient[(splits * tiles * (length // tile.entries),)](
         source.view(-1), packed.view(-1)[begin:], lists.offsets, plan.gradient_steps,
         listed, count, partial,
-        *boxes.per_axis, *boxes.grid,
+        *_numbers(strips, n),
         plan.source.sample, *axes,
         plan.gradient.sample, plan.gradient.channel, *plan.gradient.axes,
         tiles, length // tile.entries, lists.tiles_per_group, plan.gradient.stored, length,
         -(-most // splits),
-        BOX_D=boxes.box[0], BOX_H=boxes.box[1], BOX_W=boxes.box[2],
+        VOXELS=strips.voxels, CROSS_D=strips.cross[0], CROSS_H=strips.cross[1],
         BN=tile.rows, BK=tile.entries,
         CONTIGUOUS=_hint(plan.settings.width),
         G_CONTIGUOUS=_hint(plan.settings.gradient_width),
-        HAS_BOXES=listed is not None, PRECISION=precision,
+        HAS_LISTED=listed is not None, PRECISION=precision,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     out = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-    triton.sum_splits[(tiles * (length // tile.entries),)](
+    _passes.sum_splits[(tiles * (length // tile.entries),)](
         partial, mask.view(torch.uint8), lists.sources, plan.gradient_steps, out,
         splits, tiles, shape.c_out // shape.groups, weight.shape[1] * math.prod(shape.kernel),
         lists.tiles_per_group, length,
@@ -216,14 +217,21 @@ def _weight_gradient(
     return out
 
 
-def _list_boxes(
-    voxel_mask: Tensor | None, boxes: Boxes, n: int, device: torch.device
+def _numbers(strips: Strips, samples: int) -> tuple[int, ...]:
+    """Arguments that say which voxel has which number."""
+    across = strips.counts[1]
+    strip = strips.cross[0] * strips.cross[1] * strips.grid[2]
+    return samples * strips.per_sample, strips.per_sample, strip, across, *strips.grid[:2]
+
+
+def _list_tiles(
+    voxel_mask: Tensor | None, strips: Strips, most: int, device: torch.device
 ) -> tuple[Tensor | None, Tensor]:
-    """Numbers of the live boxes, those first, and how many there are."""
+    """Numbers of the live tiles, those first, and how many there are."""
     if voxel_mask is None:
-        return None, torch.tensor([n * boxes.count], dtype=torch.int32, device=device)
+        return None, torch.tensor([most], dtype=torch.int32, device=device)
     zeros = (0, 0, 0)
-    live = live_boxes(voxel_mask, boxes, zeros, zeros, (1, 1, 1)).expand(n, -1).reshape(-1)
+    live = live_tiles(voxel_mask, strips, zeros, zeros)
     order = torch.argsort(live.to(torch.int8), descending=True, stable=True)
     return order.to(torch.int32), live.sum(dtype=torch.int32).reshape(1)
 
@@ -232,6 +240,6 @@ def _list_boxes(
 _PROGRAMS = 1024
 
 
-def splits_of(programs: int, boxes: int) -> int:
-    """Over how many splits the weight gradient's boxes are shared; the same on every machine."""
-    return max(1, min(boxes, -(-_PROGRAMS // max(1, programs))))
+def splits_of(programs: int, parts: int) -> int:
+    """Over how many splits the weight gradient's voxels are shared; the same on every machine."""
+    return max(1, min(parts, -(-_PROGRAMS // max(1, programs))))

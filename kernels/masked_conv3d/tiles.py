@@ -5,7 +5,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -63,8 +63,10 @@ def precision_of(precision: str, dtype: torch.dtype, device: torch.device) -> Pr
         return "ieee"
     amd = torch.version.hip is not None
     if precision == "auto":
-        tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32 and not amd
-        return "tf32" if tf32 else "ieee"
+        # Not `allow_tf32`, which raises where this newer setting was used.
+        cudnn: Any = torch.backends.cudnn
+        wanted = cudnn.conv.fp32_precision == "tf32"
+        return "tf32" if device.type == "cuda" and wanted and not amd else "ieee"
     if amd and precision not in _AMD_MODES:
         raise BackendError(
             f"precision: Triton has no {precision!r} on AMD GPUs; use 'bf16x3', 'ieee' or 'auto'"
@@ -106,9 +108,9 @@ def _stages(kind: Kind) -> int:
 def _product(kind: Kind, rows: int, width: int) -> Tile:
     half = kind.dtype != torch.float32
     exact = kind.precision == "ieee" and not half
-    voxels = 64 if kind.split and rows > 32 or exact and rows in (16, 128) else 128
+    voxels = 64 if (kind.split and rows > 32) or (exact and rows in (16, 128)) else 128
     entries = 64 if half and width > 1 else 32
-    if kind.split and rows > 64 or exact:
+    if (kind.split and rows > 64) or exact:
         entries = 16
     return Tile(rows, entries, voxels, 8 if rows > 64 else 4, _stages(kind))
 

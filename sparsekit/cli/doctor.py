@@ -12,7 +12,7 @@ from rich.table import Table
 
 from sparsekit import flops
 from sparsekit._version import __version__
-from sparsekit.kernels import dispatch
+from sparsekit.kernels import dispatch, implementations
 from sparsekit.models import BrainAgeCNN
 from sparsekit.nn import sparsify
 
@@ -63,10 +63,10 @@ def _system() -> Table:
 def _ops() -> Table:
     table = _table("Ops", "op", "device", "taken", "why", "also available")
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    for op in dispatch.ops():
+    for op in implementations.ops():
         for device in devices:
             choice = dispatch.resolve(op, device)
-            others = [i.backend for i in dispatch.available(op, device)[1:]]
+            others = [i.backend for i in implementations.available(op, device)[1:]]
             table.add_row(
                 op, device, choice.implementation.backend, choice.reason, ", ".join(others) or "-"
             )

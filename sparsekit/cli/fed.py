@@ -53,10 +53,22 @@ def run_command(
     ] = None,
     level: Annotated[str | None, typer.Option(help="Of the codec: fast | balanced | small")] = None,
     engine: Annotated[
-        str | None, typer.Option(help="inprocess | processes (one a site, over TCP)")
+        str | None, typer.Option(help="processes (one a site, over TCP; default) | inprocess")
     ] = None,
     deadline: Annotated[
         float | None, typer.Option(help="Seconds in which a site's process must reply.")
+    ] = None,
+    quorum: Annotated[
+        float | None, typer.Option(help="Fraction of the sites asked that must reply.")
+    ] = None,
+    participation: Annotated[
+        float | None, typer.Option(help="Fraction of the sites that each round asks.")
+    ] = None,
+    sites_per_round: Annotated[
+        int | None, typer.Option(help="The same as a number of sites; 0 for --participation.")
+    ] = None,
+    max_update_norm: Annotated[
+        float | None, typer.Option(help="Leave out updates further than this from the model sent.")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Computing threads in all.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu | cuda")] = None,
@@ -95,6 +107,10 @@ def run_command(
         "level": level,
         "engine": engine,
         "deadline": deadline,
+        "quorum": quorum,
+        "participation": participation,
+        "sites_per_round": sites_per_round,
+        "max_update_norm": max_update_norm,
         "threads": threads,
         "device": device,
         "seed": seed,
@@ -126,14 +142,18 @@ def resume_command(run: RunFolder, cache: Cache = None) -> None:
 
 @app.command("report")
 def report_command(run: RunFolder) -> None:
-    """Write RUN/report.html anew."""
-    from sparsekit.cli.progress import print_result
-    from sparsekit.fed.compare import load_result
-    from sparsekit.fed.report import write_report
+    """Write RUN/report.html anew, also of a run that goes on or has stopped."""
+    from sparsekit.cli.progress import print_progress, print_result
+    from sparsekit.fed.compare import RESULT_FILE, load_result
+    from sparsekit.fed.report import write_progress_report, write_report
 
-    result = load_result(run)
-    write_report([run], run / REPORT)
-    print_result(run, result)
+    if (run / RESULT_FILE).exists():
+        result = load_result(run)
+        write_report([run], run / REPORT)
+        print_result(run, result)
+    else:
+        print_progress(run)
+        write_progress_report(run, run / REPORT)
     _say_where(run / REPORT)
 
 

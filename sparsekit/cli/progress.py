@@ -1,6 +1,6 @@
 """What a federation shows on a terminal: live progress, a final table, a comparison."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +19,9 @@ from rich.table import Table
 from sparsekit.cli.consoles import notice_console, printable, result_console
 from sparsekit.fed.compare import load_result, run_names
 from sparsekit.fed.tables import difference_cells, format_bytes, line_items, saving_cells
+from sparsekit.fed.unfinished import read_progress, site_items, state_items, way_on
+
+_MOST_NAMED = 3
 
 
 class LiveWatcher:
@@ -42,6 +45,8 @@ class LiveWatcher:
         self._scans: TaskID | None = None
         self._rounds: TaskID | None = None
         self._sites: TaskID | None = None
+        self._what = "sites"
+        self._waiting: list[str] = []
 
     def __enter__(self) -> "LiveWatcher":
         self._progress.start()
@@ -61,23 +66,28 @@ class LiveWatcher:
             self._scans = self._progress.add_task("reading scans", total=total)
         self._progress.update(self._scans, completed=done)
 
-    def round_started(self, number: int, rounds: int, sites: int) -> None:
+    def round_started(self, number: int, rounds: int, sites: Sequence[str]) -> None:
         """Show the round and an empty bar of sites."""
         if self._scans is not None:
             self._progress.remove_task(self._scans)
             self._scans = None
         if self._rounds is None or self._sites is None:
             self._rounds = self._progress.add_task(escape(f"{self._title}: rounds"), total=rounds)
-            self._sites = self._progress.add_task("sites", total=sites)
-        what = f"round {number}: sites" if number <= rounds else "final evaluation: sites"
+            self._sites = self._progress.add_task("sites", total=len(sites))
+        self._what = f"round {number}: sites" if number <= rounds else "final evaluation: sites"
+        self._waiting = list(sites)
         self._progress.update(self._rounds, completed=number - 1)
-        self._progress.reset(self._sites, total=sites, description=what)
+        self._progress.reset(self._sites, total=len(sites), description=self._what)
 
     def site_answered(self, site: str) -> None:
-        """Move the bar of sites on."""
-        del site
+        """Move the bar of sites on, and name the last ones that are waited for."""
+        if site in self._waiting:
+            self._waiting.remove(site)
         if self._sites is not None:
-            self._progress.advance(self._sites)
+            what = self._what
+            if 0 < len(self._waiting) <= _MOST_NAMED:
+                what += f" (waiting for {_cell(', '.join(self._waiting))})"
+            self._progress.update(self._sites, advance=1, description=what)
 
     def round_finished(self, entry: Mapping[str, Any]) -> None:
         """Print the line of a round whose model has been evaluated."""
@@ -107,6 +117,24 @@ def print_result(run: Path, result: Mapping[str, Any]) -> None:
         held_out = f"  {_cell(site)} ({accuracy['site_n'][site]} held out)"
         table.add_row(held_out, f"{mae:.2f} years")
     result_console().print(table)
+
+
+def print_progress(run: Path) -> None:
+    """Print what is known of a run that is not finished, and how its sites did."""
+    progress = read_progress(run)
+    table = Table(title=_cell(f"{run}, not finished"))
+    table.add_column("measure", overflow="fold")
+    table.add_column("value", justify="right", overflow="fold")
+    for name, value in state_items(progress).items():
+        table.add_row(name, _cell(value))
+    result_console().print(table)
+    sites = Table(title="Sites")
+    for name in ("site", "usable replies", "other outcomes", "seconds of a reply, median"):
+        sites.add_column(name, overflow="fold")
+    for row in site_items(progress):
+        sites.add_row(*map(_cell, row))
+    result_console().print(sites)
+    result_console().print(way_on(run, progress), markup=False, soft_wrap=True)
 
 
 def print_comparison(runs: list[Path]) -> None:

@@ -15,7 +15,7 @@ SITES = ("Köln/1", "a b")
 PEOPLE = 3
 SMALL = (
     *("--rounds", "3", "--epochs", "1", "--batch", "3", "--threads", "1"),
-    *("--width", "0.05", "--sparsity", "0.6"),
+    *("--width", "0.05", "--sparsity", "0.6", "--engine", "inprocess"),
 )
 
 

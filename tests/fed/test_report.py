@@ -36,6 +36,7 @@ def runs(
             batch=3,
             width=0.05,
             threads=1,
+            engine="inprocess",
         )
         start_run(config, folder / strategy, cache=tiny_cache)
         made.append(folder / strategy)

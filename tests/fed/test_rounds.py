@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -160,6 +161,29 @@ def test_a_bad_reply_costs_its_site_the_round_only(state: ServerState, kind: str
     assert up["a"].outcome == "ok"
     for name, before in state.weights.items():
         assert torch.equal(outcome.state.weights[name], before + 0.25)
+
+
+def test_the_norm_of_an_update_is_that_of_its_change(state: ServerState) -> None:
+    count = sum(tensor.numel() for tensor in state.weights.values())
+    # Each weight moves by 0.25: the distance is 0.25 * sqrt(count), up to the sums' rounding.
+    distance = 0.25 * math.sqrt(count)
+    replies: dict[str, bytes | Failure] = {
+        "a": good(state, "a", 0.25), "b": good(state, "b", 0.2), "c": good(state, "c", -0.25)
+    }  # fmt: skip
+    for bound, out in ((1.001 * distance, set()), (0.999 * distance, {"a", "c"})):
+        config = dataclasses.replace(CONFIG, max_update_norm=bound, quorum=0.1)
+        outcome = play_round(state, config, Scripted(replies), hellos(*"abc"), lambda _: None)
+        assert set(outcome.failures) == out
+        assert {failure.outcome for failure in outcome.failures.values()} <= {"norm"}
+    up = {row.client: row.outcome for row in outcome.rows if row.direction == "up"}
+    assert up == {"a": "norm", "b": "ok", "c": "norm"}
+
+
+def test_a_failure_has_its_time(state: ServerState) -> None:
+    engine = Scripted({"a": good(state, "a", 0.1), "b": Failure("late", "slow", seconds=7.5)})
+    outcome = play_round(state, CONFIG, engine, hellos("a", "b"), lambda _: None)
+    seconds = {row.client: row.seconds for row in outcome.rows if row.direction == "up"}
+    assert seconds == {"a": 0.5, "b": 7.5}
 
 
 def test_weights_outside_the_masks_are_refused(state: ServerState) -> None:

@@ -1,7 +1,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ SMALL: dict[str, Any] = {
     "sparsity": 0.8,
     "threads": 2,
     "seed": 3,
+    "engine": "inprocess",
 }
 
 
@@ -246,6 +247,15 @@ def test_a_used_folder_is_refused(tiny_cohort: Path, tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_a_server_killed_as_it_begins_leaves_a_folder_that_can_be_used(
+    tiny_cohort: Path, tiny_cache: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / ".config.toml.123.tmp").write_text("half a li")
+    start_run(make(tiny_cohort, rounds=2), tmp_path / "r", cache=tiny_cache)
+    assert not list((tmp_path / "r").rglob("*.tmp"))
+
+
 def test_resume_of_another_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"has no config\.toml"):
         resume_run(tmp_path)
@@ -277,7 +287,7 @@ def test_a_second_process_is_kept_out(tiny_cohort: Path, tiny_cache: Path, tmp_p
     run = tmp_path / "r"
 
     class Intruder(Silent):
-        def round_started(self, number: int, rounds: int, sites: int) -> None:
+        def round_started(self, number: int, rounds: int, sites: Sequence[str]) -> None:
             del number, rounds, sites
             with pytest.raises(RunError, match="another process"):
                 resume_run(run, cache=tiny_cache)

@@ -1,4 +1,4 @@
-"""Lists, boxes and padded buffers of the GPU kernels, which need neither a GPU nor Triton."""
+"""Lists, strips and padded buffers of the GPU kernels, which need neither a GPU nor Triton."""
 
 import itertools
 from typing import Any
@@ -9,51 +9,56 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsekit.kernels.masked_conv3d.boxes import boxes_of, live_boxes
 from sparsekit.kernels.masked_conv3d.columns import Filters, Source, build
 from sparsekit.kernels.masked_conv3d.padded import Padded, pack
+from sparsekit.kernels.masked_conv3d.strips import Strips, live_tiles, strips_of
 from sparsekit.types import Size3
 
 sizes = st.tuples(*[st.integers(1, 40)] * 3)
 
 
+def numbered(strips: Strips) -> list[Size3]:
+    """Voxels of one sample in the order of their numbers."""
+    down, across = strips.counts
+    order = []
+    for i, j, w in itertools.product(range(down), range(across), range(strips.grid[2])):
+        for a, b in itertools.product(*map(range, strips.cross)):
+            order.append((i * strips.cross[0] + a, j * strips.cross[1] + b, w))
+    return order
+
+
 @given(sizes, st.sampled_from([16, 32, 64, 128]))
-def test_boxes_cover_the_grid_with_as_few_as_possible(grid: Size3, voxels: int) -> None:
-    boxes = boxes_of(grid, voxels)
-    assert boxes.voxels == voxels
-    assert all(c >= n for c, n in zip(boxes.covered, grid, strict=True))
-    assert all(c - b < n for c, b, n in zip(boxes.covered, boxes.box, grid, strict=True))
-    for d, h in itertools.product([1, 2, 4, 8, 16], repeat=2):
-        w = voxels // (d * h)
-        if w in (1, 2, 4, 8, 16) and d * h * w == voxels:
-            count = 1
-            for n, b in zip(grid, (d, h, w), strict=True):
-                count *= -(-n // b)
-            assert boxes.count <= count
+def test_strips_number_every_voxel_once_and_waste_little(grid: Size3, voxels: int) -> None:
+    strips = strips_of(grid, voxels)
+    order = numbered(strips)
+    assert len(order) == len(set(order)) == strips.per_sample
+    inside = [place for place in order if all(a < n for a, n in zip(place, grid, strict=True))]
+    assert len(inside) == grid[0] * grid[1] * grid[2]
+    assert len(order) <= 1.02 * len(inside)
+    assert (strips.tiles(3) - 1) * voxels < 3 * strips.per_sample <= strips.tiles(3) * voxels
 
 
 @settings(deadline=None)
 @given(
     st.tuples(*[st.integers(1, 9)] * 3), st.tuples(*[st.integers(-2, 2)] * 3),
-    st.tuples(*[st.integers(0, 3)] * 3), st.tuples(*[st.integers(1, 3)] * 3),
-    st.floats(0, 1), st.integers(0, 99),
+    st.tuples(*[st.integers(0, 3)] * 3), st.floats(0, 1), st.integers(0, 99),
 )  # fmt: skip
-def test_live_boxes_are_those_that_reach_a_voxel(
-    grid: Size3, low: Size3, more: Size3, step: Size3, density: float, seed: int
+def test_live_tiles_are_those_that_reach_a_voxel(
+    grid: Size3, low: Size3, more: Size3, density: float, seed: int
 ) -> None:
-    boxes = boxes_of(grid, 16)
+    strips = strips_of(grid, 16)
     high: Any = tuple(a + b for a, b in zip(low, more, strict=True))
-    before: Any = tuple(-a for a in low)
     mask = torch.rand((2, 7, 5, 9), generator=torch.Generator().manual_seed(seed)) < density
-    found = live_boxes(mask, boxes, before, high, step).view(2, *boxes.per_axis)
-    for at in itertools.product(*map(range, boxes.per_axis)):
-        spans = []
-        for axis in range(3):
-            first = at[axis] * boxes.box[axis] * step[axis] + low[axis]
-            last = (at[axis] * boxes.box[axis] + boxes.box[axis] - 1) * step[axis] + high[axis]
-            spans.append(slice(max(0, first), max(0, last + 1)))
-        expected = mask[:, spans[0], spans[1], spans[2]].flatten(1).any(dim=1)
-        assert torch.equal(found[:, at[0], at[1], at[2]], expected)
+    expected = torch.zeros(strips.tiles(2), dtype=torch.bool)
+    order = numbered(strips)
+    for n, (i, place) in itertools.product(range(2), enumerate(order)):
+        spans = [
+            slice(max(0, a + lo), max(0, a + hi + 1))
+            for a, lo, hi in zip(place, low, high, strict=True)
+        ]
+        if mask[n, spans[0], spans[1], spans[2]].any():
+            expected[(n * len(order) + i) // 16] = True
+    assert torch.equal(live_tiles(mask, strips, low, high), expected)
 
 
 def listed(kept: Tensor, rows: int, width: int) -> list[set[tuple[int, int]]]:

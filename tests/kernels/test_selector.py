@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparsekit import masked_conv3d
-from sparsekit.kernels import dispatch
+from sparsekit.kernels import dispatch, implementations
 from sparsekit.kernels.masked_conv3d import cost, run, selector
 from sparsekit.kernels.masked_conv3d.cost import Call, Gradients
 from sparsekit.kernels.masked_conv3d.geometry import Shape
@@ -266,7 +266,7 @@ def test_compiled_code_chooses_when_it_runs(
 def test_a_mask_that_keeps_all_needs_no_selection() -> None:
     x, weight, _, bias = _layer()
     weight[0, 0, 0, 0, 0] = float("nan")
-    dense = dispatch.DENSE["masked_conv3d"].load()
+    dense = implementations.DENSE["masked_conv3d"].load()
     every = torch.ones_like(weight, dtype=torch.bool)
     shape = run.shape_of(x, weight, (1, 1, 1), (1, 1, 1), (1, 1, 1), 1)
     settings: dict[str, Any] = {"precision": "auto", "voxel_mask": None}

@@ -6,7 +6,7 @@ compiles a kernel to and stops at accesses out of bounds and at races.
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,15 @@ def tolerances() -> dict[tuple[str, torch.dtype, str], float]:
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fill what torch.empty returns with NaN or a large number, so that unwritten output is seen."""
+def no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Say that no CUDA graph is recorded: ttsem's device does not answer that."""
+    if SANITIZED:
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what torch.empty returns with NaN or a large number: unwritten output is seen."""
     plain: Callable[..., Tensor] = torch.empty
 
     def poisoned(*arguments: Any, **options: Any) -> Tensor:
@@ -63,4 +70,3 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return made if made.dtype == torch.bool else made.fill_(torch.iinfo(made.dtype).max)
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    yield

@@ -4,7 +4,7 @@ Each row: a name, the file, its text, what replaces it, how the check runs (in T
 ``interpreter`` or in ``ttsem``), and the check.
 """
 
-_KERNELS = "kernels/masked_conv3d/triton.py"
+_KERNELS = "kernels/masked_conv3d/triton_passes.py"
 _LISTS = "kernels/masked_conv3d/columns.py"
 _PLAN = "kernels/masked_conv3d/gpu_plan.py"
 _TEST = "tests/triton/test_masked_conv3d.py::"
@@ -12,8 +12,13 @@ _TEST = "tests/triton/test_masked_conv3d.py::"
 MUTANTS = [
     (
         "a bound dropped from the output's store", _KERNELS,
-        "inside = ((d < out_d) & (h < out_h) & (w < out_w))[:, None] & (row < rows)[None, :]",
-        "inside = ((d < out_d) & (h < out_h) & (w < out_w))[:, None] & (row >= 0)[None, :]",
+        "inside = (real & (d < out_d) & (h < out_h))[:, None] & (row < rows)[None, :]",
+        "inside = (real & (d < out_d) & (h < out_h))[:, None] & (row >= 0)[None, :]",
+        "ttsem", _TEST + "test_output_and_gradients[plain-half-1-1]",
+    ),
+    (
+        "no bound for the last tile's voxels", _KERNELS,
+        "real = number < numbers\n", "real = number >= 0\n",
         "ttsem", _TEST + "test_output_and_gradients[plain-half-1-1]",
     ),
     (
@@ -53,20 +58,20 @@ MUTANTS = [
     ),
     (
         "voxels beyond the output count for the weight gradient", _KERNELS,
-        "a = tl.load(x_box + (at[:, None] + x_own[None, :]), mask=inside[None, :], other=0.0)",
-        "a = tl.load(x_box + (at[:, None] + x_own[None, :]))",
+        "a = tl.load(x_own[None, :] + at[:, None], mask=inside[None, :], other=0.0)",
+        "a = tl.load(x_own[None, :] + at[:, None])",
         "interpreter", _TEST + "test_infinities_outside_the_output_reach_no_weight",
     ),
     (
         "sums in the type of the input", _KERNELS,
-        "total = tl.zeros((voxels, BN), tl.float32)",
-        "total = tl.zeros((voxels, BN), x.dtype.element_ty)",
+        "total = tl.zeros((VOXELS, BN), tl.float32)",
+        "total = tl.zeros((VOXELS, BN), x.dtype.element_ty)",
         "ttsem", _TEST + "test_half_types_add_up_in_float32[runs-dtype1]",
     ),
     (
-        "a live box taken for a dead one", _KERNELS,
-        "count = count * tl.load(live + box)", "count = count * (1 - tl.load(live + box))",
-        "interpreter", _TEST + "test_voxel_mask_skips_boxes_and_nothing_else[some-plain-columns]",
+        "live voxels taken for dead ones", _KERNELS,
+        "count = count * tl.load(live + part)", "count = count * (1 - tl.load(live + part))",
+        "interpreter", _TEST + "test_voxel_mask_skips_tiles_and_nothing_else[some-plain-columns]",
     ),
     (
         "taps not flipped for the input gradient", _PLAN,
@@ -85,9 +90,9 @@ MUTANTS = [
         "interpreter", _TEST + "test_output_and_gradients[plain-half-1-1]",
     ),
     (
-        "boxes that only reach a live voxel taken for dead", "kernels/masked_conv3d/launches.py",
-        "live_boxes(voxel_mask, launch.boxes, before, high, (1, 1, 1))",
-        "live_boxes(voxel_mask, launch.boxes, (0, 0, 0), (0, 0, 0), (1, 1, 1))",
-        "interpreter", _TEST + "test_voxel_mask_skips_boxes_and_nothing_else[one-plain-columns]",
+        "voxels that only reach a live one taken for dead", "kernels/masked_conv3d/launches.py",
+        "live_tiles(voxel_mask, launch.strips, *launch.reach)",
+        "live_tiles(voxel_mask, launch.strips, (0, 0, 0), (0, 0, 0))",
+        "interpreter", _TEST + "test_voxel_mask_skips_tiles_and_nothing_else[one-plain-columns]",
     ),
 ]  # fmt: skip

@@ -1,7 +1,6 @@
 """The Triton kernels of masked_conv3d against torch in float64."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
@@ -206,7 +205,7 @@ def test_precision_modes(precision: str, device: str, sanitized: bool, tolerance
 @pytest.mark.parametrize("widths", [(16, 16), (1, 1)], ids=["runs", "columns"])
 @pytest.mark.parametrize("name", ["plain", "stride-uneven", "dilated", "everything"])
 @pytest.mark.parametrize("density", ["none", "one", "some", "all"])
-def test_voxel_mask_skips_boxes_and_nothing_else(
+def test_voxel_mask_skips_tiles_and_nothing_else(
     name: str, density: str, widths: tuple[int, int], device: str, tolerances: Table
 ) -> None:
     case = CASES[name]
@@ -248,10 +247,10 @@ def test_pruned_values_take_part_in_nothing(device: str, tolerances: Table) -> N
     plan = gpu_plan.make(mask.to(device), case.shape, small(1, 1))
     source = launches.pack_source(x.float().to(device), plan)
     y = torch.empty(right["forward"].shape, device=device)
-    own: Any = (poisoned, mask.to(device))
-    launches.forward(source, *own, bias.float().to(device), plan, y, precision="ieee")
+    kept = mask.to(device)
+    launches.forward(source, poisoned, kept, bias.float().to(device), plan, y, precision="ieee")
     found = launches.backward(
-        g.float().to(device), source, *own, plan,
+        g.float().to(device), source, poisoned, kept, plan,
         precision="ieee", need_x=True, need_weight=True,
     )  # fmt: skip
     assert found.x is not None
@@ -263,7 +262,7 @@ def test_pruned_values_take_part_in_nothing(device: str, tolerances: Table) -> N
 # NumPy under the interpreter warns of infinities times 0.
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
 def test_infinities_outside_the_output_reach_no_weight(device: str) -> None:
-    # A box's first voxel beyond the output would read the last one of the input by the first tap.
+    # A strip's first voxel beyond the output would read the last one of the input by the first tap.
     case = Case(c_in=1, c_out=1, size=(1, 1, 6), kernel=(1, 1, 2))
     mask = mask_of((1, 1, 1, 1, 2), "all")
     x, weight, bias, g = drawn(case, torch.float32)

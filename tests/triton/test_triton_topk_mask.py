@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import ArgumentError
-from sparsekit.kernels import dispatch
+from sparsekit.kernels import implementations
 from sparsekit.kernels.topk_mask import reference, triton
 from sparsekit.kernels.triton_launch import launch
 from sparsekit.ops import explain, topk_mask
@@ -212,7 +212,7 @@ def test_launches_do_not_depend_on_the_number_of_tensors(
 
 
 def test_the_table_has_the_kernels_in_their_place() -> None:
-    assert dispatch.available("topk_mask", "cuda")[0].backend == "triton"
+    assert implementations.available("topk_mask", "cuda")[0].backend == "triton"
     for function in ("pack", "nonzero", "unpack", "count", "compact", "expand"):
-        assert dispatch.available(f"bitmap_{function}", "cuda")[0].backend == "triton"
-        assert dispatch.available(f"bitmap_{function}", "cpu")[0].backend == "cpu"
+        assert implementations.available(f"bitmap_{function}", "cuda")[0].backend == "triton"
+        assert implementations.available(f"bitmap_{function}", "cpu")[0].backend == "cpu"

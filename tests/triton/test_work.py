@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsekit.kernels.masked_conv3d import gpu_cost, gpu_plan, gpu_work, launches, triton
+from sparsekit.kernels.masked_conv3d import gpu_cost, gpu_plan, gpu_work, launches, triton_passes
 from sparsekit.kernels.masked_conv3d.geometry import Shape
 from sparsekit.kernels.masked_conv3d.gpu_plan import Plan, Settings, Tile
 from sparsekit.kernels.masked_conv3d.tiles import Kind
@@ -28,7 +28,7 @@ def launched(device: str, monkeypatch: pytest.MonkeyPatch) -> Measured:
     found: Measured = {}
 
     def counting(name: str) -> None:
-        kernel = getattr(triton, name)
+        kernel = getattr(triton_passes, name)
 
         class Counting:
             def __getitem__(self, grid: Any) -> Callable[..., None]:
@@ -39,7 +39,7 @@ def launched(device: str, monkeypatch: pytest.MonkeyPatch) -> Measured:
 
                 return launch
 
-        monkeypatch.setattr(triton, name, Counting())
+        monkeypatch.setattr(triton_passes, name, Counting())
 
     for name in ("gather_product", "weight_gradient"):
         counting(name)
@@ -77,8 +77,9 @@ def test_counts_equal_those_of_the_interpreter(
     plan = run(shape, Settings(TILE, TILE, TILE, width, width), mask, 2)
     forward, *backward = launched["gather_product"]
     expected = [gpu_work.product(plan.forward, TILE, 2, 20, torch.float32, bias=True)]
-    for launch in plan.backward:
-        expected.append(gpu_work.product(launch, TILE, 2, 18, torch.float32, bias=False))
+    expected += [
+        gpu_work.product(launch, TILE, 2, 18, torch.float32, bias=False) for launch in plan.backward
+    ]
     for counts, work in zip([forward, *backward], expected, strict=True):
         assert (counts.loaded, counts.products) == (work.loaded, work.products)
     assert sum(c.stored for c in backward) == sum(w.stored for w in expected[1:])

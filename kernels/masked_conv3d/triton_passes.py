@@ -1,6 +1,6 @@
 """Masked 3D convolution in Triton: one product over lists of columns, and its weight gradient.
 
-A column is one input channel at one tap. A program owns the voxels of a box and the channels of an
+A column is one input channel at one tap. A program owns a stretch of voxels and the channels of an
 output tile; the list of that tile holds, for each column that any of its channels keeps, where the
 column's number stands relative to a voxel's own place. `columns` makes the lists, `launches` the
 buffers: the input comes padded, so that no load in a loop needs a bound.
@@ -36,12 +36,27 @@ def pack_weights(
 
 
 @triton.jit
+def voxel_of(
+    number, per_sample, strip, strips_across, CROSS_D: tl.constexpr, CROSS_H: tl.constexpr
+):  # fmt: skip
+    """Sample and place of the voxels with these numbers, as `strips` counts them."""
+    n = number // per_sample
+    rest = number % per_sample
+    own = rest // strip
+    rest = rest % strip
+    across = rest % (CROSS_D * CROSS_H)
+    d = own // strips_across * CROSS_D + across // CROSS_H
+    h = own % strips_across * CROSS_H + across % CROSS_H
+    return n, d, h, rest // (CROSS_D * CROSS_H)
+
+
+@triton.jit
 def gather_product(
     x, packed, offsets, steps, bias, live, y,
-    boxes_d, boxes_h, boxes_w, out_d, out_h, out_w,
+    numbers, per_sample, strip, strips_across, out_d, out_h,
     x_n, x_d, x_h, x_w, y_n, y_c, y_d, y_h, y_w,
     tiles, rows, tiles_per_group, length,
-    BOX_D: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
+    VOXELS: tl.constexpr, CROSS_D: tl.constexpr, CROSS_H: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, CONTIGUOUS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_LIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -49,60 +64,58 @@ def gather_product(
 
     The forward pass over the input, and the input gradient over the output's gradient.
     """
-    voxels: tl.constexpr = BOX_D * BOX_H * BOX_W
     # Output tiles of the same voxels run next to each other: they read the same input.
     tile = tl.program_id(0) % tiles
-    box = tl.program_id(0) // tiles
-    n = box // (boxes_d * boxes_h * boxes_w)
-    m = tl.arange(0, voxels)
-    d = box // (boxes_w * boxes_h) % boxes_d * BOX_D + m // (BOX_H * BOX_W)
-    h = box // boxes_w % boxes_h * BOX_H + m // BOX_W % BOX_H
-    w = box % boxes_w * BOX_W + m % BOX_W
+    part = tl.program_id(0) // tiles
+    number = part * VOXELS + tl.arange(0, VOXELS)
+    real = number < numbers
+    n, d, h, w = voxel_of(
+        tl.minimum(number, numbers - 1), per_sample, strip, strips_across, CROSS_D, CROSS_H
+    )
     base = d * x_d + h * x_h + w * x_w
     if CONTIGUOUS > 1:
         base = tl.multiple_of(base, CONTIGUOUS)
-    x_sample = x + n.to(tl.int64) * x_n
+    x_own = x + (n.to(tl.int64) * x_n + base)
     k = tl.arange(0, BK)
     column = tl.arange(0, BN)
     own_offsets = offsets + tile.to(tl.int64) * length
     own_weights = packed + tile.to(tl.int64) * BN * length
     count = tl.load(steps + tile)
     if HAS_LIVE:
-        # A box without a voxel of the mask has nothing to add up; its zeros are stored below.
-        count = count * tl.load(live + box)
-    total = tl.zeros((voxels, BN), tl.float32)
-    for step in range(0, count):
+        # Without a voxel of the mask there is nothing to add up; the zeros are stored below.
+        count = count * tl.load(live + part)
+    total = tl.zeros((VOXELS, BN), tl.float32)
+    for step in range(count):
         at = tl.load(own_offsets + step * BK + k)
         if CONTIGUOUS > 1:
             at = tl.max_contiguous(tl.multiple_of(at, CONTIGUOUS), CONTIGUOUS)
-        a = tl.load(x_sample + (base[:, None] + at[None, :]))
+        a = tl.load(x_own[:, None] + at[None, :])
         b = tl.load(own_weights + (column[None, :] * length + (step * BK + k)[:, None]))
         total = tl.dot(a, b, total, input_precision=PRECISION)
     row = tile % tiles_per_group * BN + column
     channel = tile // tiles_per_group * rows + row
     if HAS_BIAS:
         total += tl.load(bias + channel, mask=row < rows, other=0.0).to(tl.float32)[None, :]
-    inside = ((d < out_d) & (h < out_h) & (w < out_w))[:, None] & (row < rows)[None, :]
-    to = (d * y_d + h * y_h + w * y_w)[:, None] + (channel * y_c)[None, :]
-    tl.store(y + n.to(tl.int64) * y_n + to, total.to(y.dtype.element_ty), mask=inside)
+    inside = (real & (d < out_d) & (h < out_h))[:, None] & (row < rows)[None, :]
+    to = y + (n.to(tl.int64) * y_n + (d * y_d + h * y_h + w * y_w))
+    tl.store(to[:, None] + (channel * y_c)[None, :], total.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def weight_gradient(
-    x, gradient, offsets, steps, boxes, box_count, partial,
-    boxes_d, boxes_h, boxes_w, out_d, out_h, out_w,
+    x, gradient, offsets, steps, listed, part_count, partial,
+    numbers, per_sample, strip, strips_across, out_d, out_h,
     x_n, x_d, x_h, x_w, g_n, g_c, g_d, g_h, g_w,
-    tiles, most_steps, tiles_per_group, group_step, length, boxes_per_split,
-    BOX_D: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
+    tiles, most_steps, tiles_per_group, group_step, length, parts_per_split,
+    VOXELS: tl.constexpr, CROSS_D: tl.constexpr, CROSS_H: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, CONTIGUOUS: tl.constexpr, G_CONTIGUOUS: tl.constexpr,
-    HAS_BOXES: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_LISTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums over the voxels of one split, for one step of one output tile's list.
 
     partial[split, tile, entry, channel]. Nothing is added across splits here, so that the order of
     all sums is fixed.
     """
-    voxels: tl.constexpr = BOX_D * BOX_H * BOX_W
     step = tl.program_id(0) % most_steps
     tile = tl.program_id(0) // most_steps % tiles
     split = tl.program_id(0) // (most_steps * tiles)
@@ -111,38 +124,35 @@ def weight_gradient(
         at = tl.load(offsets + tile.to(tl.int64) * length + step * BK + k)
         if CONTIGUOUS > 1:
             at = tl.max_contiguous(tl.multiple_of(at, CONTIGUOUS), CONTIGUOUS)
-        m = tl.arange(0, voxels)
-        md = m // (BOX_H * BOX_W)
-        mh = m // BOX_W % BOX_H
-        mw = m % BOX_W
-        x_own = md * x_d + mh * x_h + mw * x_w
-        g_own = md * g_d + mh * g_h + mw * g_w
-        if CONTIGUOUS > 1:
-            x_own = tl.multiple_of(x_own, CONTIGUOUS)
-        if G_CONTIGUOUS > 1:
-            g_own = tl.multiple_of(g_own, G_CONTIGUOUS)
+        m = tl.arange(0, VOXELS)
         column = tl.arange(0, BN)
         first = tile // tiles_per_group * group_step + tile % tiles_per_group * BN
         g_at = (first + column) * g_c
         if G_CONTIGUOUS > 1:
             g_at = tl.max_contiguous(tl.multiple_of(g_at, G_CONTIGUOUS), G_CONTIGUOUS)
-        end = tl.minimum((split + 1) * boxes_per_split, tl.load(box_count))
+        end = tl.minimum((split + 1) * parts_per_split, tl.load(part_count))
         total = tl.zeros((BK, BN), tl.float32)
-        for i in range(split * boxes_per_split, end):
-            box = i
-            if HAS_BOXES:
-                box = tl.load(boxes + i)
-            n = box // (boxes_d * boxes_h * boxes_w)
-            d = box // (boxes_w * boxes_h) % boxes_d * BOX_D
-            h = box // boxes_w % boxes_h * BOX_H
-            w = box % boxes_w * BOX_W
+        for i in range(split * parts_per_split, end):
+            part = i
+            if HAS_LISTED:
+                part = tl.load(listed + i)
+            number = part * VOXELS + m
+            n, d, h, w = voxel_of(
+                tl.minimum(number, numbers - 1), per_sample, strip, strips_across, CROSS_D, CROSS_H
+            )
             # Beyond the output stand numbers of the input that are no part of these sums.
-            inside = (d + md < out_d) & (h + mh < out_h) & (w + mw < out_w)
-            x_box = x + (n.to(tl.int64) * x_n + (d * x_d + h * x_h + w * x_w))
-            g_box = gradient + (n.to(tl.int64) * g_n + (d * g_d + h * g_h + w * g_w))
+            inside = (number < numbers) & (d < out_d) & (h < out_h)
+            x_base = d * x_d + h * x_h + w * x_w
+            g_base = d * g_d + h * g_h + w * g_w
+            if CONTIGUOUS > 1:
+                x_base = tl.multiple_of(x_base, CONTIGUOUS)
+            if G_CONTIGUOUS > 1:
+                g_base = tl.multiple_of(g_base, G_CONTIGUOUS)
+            x_own = x + (n.to(tl.int64) * x_n + x_base)
+            g_own = gradient + (n.to(tl.int64) * g_n + g_base)
             # Loaded as it is multiplied: a transposed tile would not take the asynchronous path.
-            a = tl.load(x_box + (at[:, None] + x_own[None, :]), mask=inside[None, :], other=0.0)
-            b = tl.load(g_box + (g_own[:, None] + g_at[None, :]), mask=inside[:, None], other=0.0)
+            a = tl.load(x_own[None, :] + at[:, None], mask=inside[None, :], other=0.0)
+            b = tl.load(g_own[:, None] + g_at[None, :], mask=inside[:, None], other=0.0)
             total = tl.dot(a, b, total, input_precision=PRECISION)
         entry = (split.to(tl.int64) * tiles + tile) * length + step * BK + k
         tl.store(partial + (entry[:, None] * BN + column[None, :]), total)
@@ -163,7 +173,7 @@ def sum_splits(
         column = tl.arange(0, BN)
         own = partial + (tile.to(tl.int64) * length + k)[:, None] * BN + column[None, :]
         total = tl.zeros((BK, BN), tl.float32)
-        for _ in range(0, splits):
+        for _ in range(splits):
             total += tl.load(own)
             own += tiles * length * BN
         source = tl.load(sources + tile.to(tl.int64) * length + k)
