@@ -101,7 +101,7 @@ def test_threads_lose_no_call() -> None:
 
 
 def test_auto_takes_the_first_row_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    (reference,) = implementations.available("topk_mask", "cuda")
+    triton, reference = implementations.available("topk_mask", "cuda")
     fast = implementations.Implementation("cpu", reference.load, follows_mask=False)
     monkeypatch.setitem(implementations.TABLE, ("topk_mask", "cpu"), (fast, reference))
     topk_mask([torch.ones(2)], 1)
@@ -109,7 +109,7 @@ def test_auto_takes_the_first_row_and_says_so(monkeypatch: pytest.MonkeyPatch) -
     assert explain().calls[0].reason == "the first choice for cpu tensors"
     topk_mask([torch.ones(2)], 1, backend="reference")
     assert explain().calls[0].backend == "reference"
-    assert dispatch.resolve("topk_mask", "cuda").implementation is reference
+    assert dispatch.resolve("topk_mask", "cuda").implementation is triton
 
 
 def test_doctor_says_what_each_op_takes_here() -> None:

