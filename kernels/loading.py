@@ -8,6 +8,7 @@ import importlib
 import os
 import threading
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 _lock = threading.RLock()
@@ -26,6 +27,7 @@ os.register_at_fork(
 )
 
 
+@cache
 def at_first_use(module: str, *before: str) -> Callable[[], Any]:
     """Return a function that imports a module of this package, once, and returns it.
 
