@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from sparsekit.kernels import triton_device
 from sparsekit.kernels.loading import at_first_use
 
@@ -33,7 +35,18 @@ def _row(
     `before` are modules that are imported first, those of the CPU kernels by default.
     """
     load = at_first_use(module, *before)
-    return Implementation(backend, lambda: getattr(load(), function), follows_mask)
+
+    # torch.compile runs this as it is; it could not look into how a module is imported.
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def imported() -> bool:
+        return load() is not None
+
+    def found() -> Callable[..., Any]:
+        assert imported()
+        loaded: Callable[..., Any] = getattr(load(), function)
+        return loaded
+
+    return Implementation(backend, found, follows_mask)
 
 
 def _cpu(op: str, module: str = "autograd", *, follows_mask: bool = False) -> Implementation:

@@ -75,6 +75,24 @@ def test_the_default_device_does_not_matter() -> None:
     assert in_a_process(code) == "True"
 
 
+def test_the_first_call_may_be_compiled() -> None:
+    program = """
+import torch
+from sparsekit import masked_conv3d
+x, weight = torch.randn(1, 2, 5, 5, 5), torch.randn(3, 2, 3, 3, 3)
+mask = torch.rand(weight.shape) < 0.3
+compiled = torch.compile(
+    lambda x: masked_conv3d(x, weight, mask), backend="eager", fullgraph=True
+)
+right = masked_conv3d(x, weight, mask, backend="reference")
+torch.testing.assert_close(compiled(x), right)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_first_calls_may_come_from_several_threads() -> None:
     code = """
     import threading
