@@ -7,11 +7,9 @@ import torch
 from sparsekit.kernels.builds import Build, build
 from sparsekit.kernels.masked_conv3d import triton_passes
 from sparsekit.kernels.masked_conv3d.gpu_plan import Tile
-from sparsekit.kernels.masked_conv3d.strips import strips_of
 from sparsekit.kernels.masked_conv3d.tiles import ROWS, Architecture, Kind, Precision, settings
 
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-_GRID = (48, 48, 48)
 
 
 def kinds(architecture: Architecture) -> list[Kind]:
@@ -63,21 +61,20 @@ def _types(kernel: Any, pointers: dict[str, str], constants: dict[str, Any]) -> 
 
 def _product(kind: Kind, tile: Tile, width: int) -> Build:
     element = _TYPES[kind.dtype]
-    d, h = strips_of(_GRID, tile.voxels).cross
     wide = width > 1
     pointers = {
         "x": element, "packed": element, "offsets": "i32", "steps": "i32", "bias": element,
-        "live": "i32", "y": element,
+        "live": "i32", "y": element, "x_places": "i32", "y_places": "i32",
     }  # fmt: skip
     constants = {
-        "VOXELS": tile.voxels, "CROSS_D": d, "CROSS_H": h, "BN": tile.rows, "BK": tile.entries,
+        "VOXELS": tile.voxels, "BN": tile.rows, "BK": tile.entries,
         "CONTIGUOUS": width, "HAS_BIAS": True, "HAS_LIVE": True, "PRECISION": kind.precision,
     }  # fmt: skip
     kernel = triton_passes.gather_product
     return build(
         kernel, _types(kernel, pointers, constants), constants,
         num_warps=tile.warps, num_stages=tile.stages,
-        multiples=("length", *(("x_n", "x_d", "x_h", "x_w") if wide else ())),
+        multiples=("length", *(("x_n",) if wide else ())),
         detail=_detail(kind, tile, width),
         tensor_cores=_has_tensor_cores(kind), wide_copies=wide,
     )  # fmt: skip
@@ -85,18 +82,17 @@ def _product(kind: Kind, tile: Tile, width: int) -> Build:
 
 def _sums(kind: Kind, tile: Tile, width: int) -> Build:
     element = _TYPES[kind.dtype]
-    d, h = strips_of(_GRID, tile.voxels).cross
     wide = width > 1
     pointers = {
         "x": element, "gradient": element, "offsets": "i32", "steps": "i32", "listed": "i32",
-        "part_count": "i32", "partial": "fp32",
+        "part_count": "i32", "partial": "fp32", "x_places": "i32", "g_places": "i32",
     }  # fmt: skip
     constants = {
-        "VOXELS": tile.voxels, "CROSS_D": d, "CROSS_H": h, "BN": tile.rows, "BK": tile.entries,
+        "VOXELS": tile.voxels, "BN": tile.rows, "BK": tile.entries,
         "CONTIGUOUS": width, "G_CONTIGUOUS": width, "HAS_LISTED": True,
         "PRECISION": kind.precision, **({"g_c": 1} if wide else {}),
     }  # fmt: skip
-    steps = ("x_n", "x_d", "x_h", "x_w", "g_n", "g_d", "g_h", "g_w") if wide else ()
+    steps = ("x_n", "g_n") if wide else ()
     kernel = triton_passes.weight_gradient
     return build(
         kernel, _types(kernel, pointers, constants), constants,

@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from sparsekit.kernels.masked_conv3d.columns import Filters, Lists, Source, build
 from sparsekit.kernels.masked_conv3d.geometry import Shape
 from sparsekit.kernels.masked_conv3d.padded import Padded
-from sparsekit.kernels.masked_conv3d.strips import Strips, strips_of
+from sparsekit.kernels.masked_conv3d.strips import Strips, places, strips_of
 from sparsekit.types import Size3
 
 
@@ -54,6 +55,10 @@ class Pass:
     """From one voxel that it writes to the next."""
     reach: tuple[Size3, Size3]
     """Voxels of the source that an output voxel reads, from its own place on: first and last."""
+    places: Tensor
+    """Of the voxels in the source."""
+    targets: dict[Hashable, Tensor] = field(default_factory=dict)
+    """Of the voxels in the output, by its strides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,10 @@ class Plan:
     """Of the output's gradient."""
     backward: tuple[Pass, ...]
     """For every remainder that an input voxel leaves when it is divided by the stride."""
+    x_places: Tensor
+    """Of the output's voxels in the source, as the weight gradient counts them."""
+    g_places: Tensor
+    """The same in the output's gradient."""
 
 
 def make(mask: Tensor, shape: Shape, settings: Settings) -> Plan:
@@ -104,6 +113,7 @@ def make(mask: Tensor, shape: Shape, settings: Settings) -> Plan:
         sum(t * e * s for t, e, s in zip(tap, shape.dilation, source.axes, strict=True))
         for tap in tap_places
     ]
+    strided = _axes(lambda a, s: a * s, source.axes, shape.stride)
     lists = build(
         Filters(kept, per_group * taps, taps, _int32(range(taps), mask), 0),
         Source(source.channel, source.group, _int32(offsets, mask)),
@@ -114,6 +124,7 @@ def make(mask: Tensor, shape: Shape, settings: Settings) -> Plan:
     forward = Pass(
         lists, _steps(lists, settings.forward), strips, (0, 0, 0), (1, 1, 1),
         (_axes(lambda p: -p, shape.padding), _axes(lambda t, p: t - p, last_tap, shape.padding)),
+        places(strips, strided, source.sample, mask.device, outside=True),
     )  # fmt: skip
 
     classes = _classes(shape, settings.input_gradient.voxels)
@@ -121,8 +132,8 @@ def make(mask: Tensor, shape: Shape, settings: Settings) -> Plan:
     backward = []
     for strips_in, first, reached in classes:
         chosen = [i for i, t in enumerate(tap_places) if _reached(t, reached) is not None]
-        places = [_reached(tap_places[i], reached) for i in chosen]
-        found = [place for place in places if place is not None]
+        reads = [_reached(tap_places[i], reached) for i in chosen]
+        found = [place for place in reads if place is not None]
         at = [_dot(place, gradient.axes) for place in found]
         # Rows are input channels: their own place in the weight is that of the first filter.
         lists = build(
@@ -143,11 +154,14 @@ def make(mask: Tensor, shape: Shape, settings: Settings) -> Plan:
             Pass(
                 lists, _steps(lists, settings.input_gradient), strips_in, first, shape.stride,
                 (low, high),
+                places(strips_in, gradient.axes, gradient.sample, mask.device, outside=True),
             )
         )  # fmt: skip
     return Plan(
         shape, settings, source, forward, _steps(forward.lists, settings.weight_gradient),
         gradient_strips, gradient, tuple(backward),
+        places(gradient_strips, strided, source.sample, mask.device, outside=True),
+        places(gradient_strips, gradient.axes, gradient.sample, mask.device, outside=False),
     )  # fmt: skip
 
 

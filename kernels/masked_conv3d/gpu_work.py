@@ -44,7 +44,9 @@ def product(
     steps = int(launch.steps.sum())
     entries = steps * tile.entries
     channels = len(launch.steps) // launch.lists.tiles_per_group * rows
-    loaded = programs * (
+    numbers = samples * strips.per_sample
+    # Places in the source and the output, for every output tile.
+    loaded = numbers * len(launch.steps) * 8 + programs * (
         len(launch.steps) * 4
         + entries * (4 + (voxels + tile.rows) * element)
         + (channels * element if bias else 0)
@@ -66,6 +68,7 @@ def weight_gradient(plan: Plan, samples: int, dtype: torch.dtype) -> Work:
     loaded = (
         splits * tiles * most_steps * 4
         + splits * steps * (tile.entries * 4 + 4)
+        + steps * samples * strips.per_sample * 8
         + steps * inside * (tile.entries + tile.rows) * dtype.itemsize
     )
     stored = splits * steps * tile.entries * tile.rows * 4

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsekit.kernels.masked_conv3d import padded, triton_passes
 from sparsekit.kernels.masked_conv3d.gpu_plan import Pass, Plan, Tile
-from sparsekit.kernels.masked_conv3d.strips import Strips, live_tiles
+from sparsekit.kernels.masked_conv3d.strips import Strips, live_tiles, places
 from sparsekit.types import Size3
 
 _PACK_BLOCK = 64
@@ -64,7 +64,7 @@ def forward(
         live = live_tiles(voxel_mask, plan.forward.strips, zeros, zeros)
     row_step = weight.shape[1] * math.prod(shape.kernel)
     product(
-        source, plan.source.axes, plan.source.sample, (0, 0, 0), shape.stride,
+        source, plan.source.axes, plan.source.sample, (0, 0, 0),
         weight, mask, bias, plan.forward, plan.settings.forward,
         out, shape.c_out // shape.groups, row_step, precision,
         contiguous=_hint(plan.settings.width), live=live,
@@ -121,7 +121,7 @@ def _input_gradient(
         if voxel_mask is not None:
             live = live_tiles(voxel_mask, launch.strips, *launch.reach)
         product(
-            packed, plan.gradient.axes, plan.gradient.sample, plan.gradient.front, (1, 1, 1),
+            packed, plan.gradient.axes, plan.gradient.sample, plan.gradient.front,
             weight, mask, None, launch, plan.settings.input_gradient,
             out, shape.c_in // shape.groups, math.prod(shape.kernel), precision,
             contiguous=_hint(plan.settings.gradient_width), live=live,
@@ -130,7 +130,7 @@ def _input_gradient(
 
 
 def product(
-    source: Tensor, axes: Size3, sample: int, front: Size3, stride: Size3,
+    source: Tensor, axes: Size3, sample: int, front: Size3,
     weight: Tensor, mask: Tensor, bias: Tensor | None, launch: Pass, tile: Tile,
     out: Tensor, rows: int, row_step: int, precision: str, *, contiguous: int,
     live: Tensor | None,
@@ -153,12 +153,10 @@ def product(
         source.view(-1)[begin:], packed, lists.offsets, launch.steps, bias,
         None if live is None else live.to(torch.int32),
         _from(out, first),
-        *_numbers(strips, n),
-        sample, *(a * s for a, s in zip(axes, stride, strict=True)),
-        y_n, y_c, *(a * s for a, s in zip(y, launch.every, strict=True)),
+        launch.places, _targets(launch, out),
+        n * strips.per_sample, strips.per_sample, sample, y_n, y_c,
         tiles, rows, lists.tiles_per_group, length,
-        VOXELS=strips.voxels, CROSS_D=strips.cross[0], CROSS_H=strips.cross[1],
-        BN=tile.rows, BK=tile.entries, CONTIGUOUS=contiguous,
+        VOXELS=strips.voxels, BN=tile.rows, BK=tile.entries, CONTIGUOUS=contiguous,
         HAS_BIAS=bias is not None, HAS_LIVE=live is not None, PRECISION=precision,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -191,17 +189,14 @@ def _weight_gradient(
         (splits, tiles, length, tile.rows), dtype=torch.float32, device=source.device
     )
     begin = sum(i * s for i, s in zip(plan.gradient.front, plan.gradient.axes, strict=True))
-    axes = (a * s for a, s in zip(plan.source.axes, shape.stride, strict=True))
     _passes.weight_gradient[(splits * tiles * (length // tile.entries),)](
         source.view(-1), packed.view(-1)[begin:], lists.offsets, plan.gradient_steps,
-        listed, count, partial,
-        *_numbers(strips, n),
-        plan.source.sample, *axes,
-        plan.gradient.sample, plan.gradient.channel, *plan.gradient.axes,
+        listed, count, partial, plan.x_places, plan.g_places,
+        n * strips.per_sample, strips.per_sample,
+        plan.source.sample, plan.gradient.sample, plan.gradient.channel,
         tiles, length // tile.entries, lists.tiles_per_group, plan.gradient.stored, length,
         -(-most // splits),
-        VOXELS=strips.voxels, CROSS_D=strips.cross[0], CROSS_H=strips.cross[1],
-        BN=tile.rows, BK=tile.entries,
+        VOXELS=strips.voxels, BN=tile.rows, BK=tile.entries,
         CONTIGUOUS=_hint(plan.settings.width),
         G_CONTIGUOUS=_hint(plan.settings.gradient_width),
         HAS_LISTED=listed is not None, PRECISION=precision,
@@ -217,11 +212,15 @@ def _weight_gradient(
     return out
 
 
-def _numbers(strips: Strips, samples: int) -> tuple[int, ...]:
-    """Arguments that say which voxel has which number."""
-    across = strips.counts[1]
-    strip = strips.cross[0] * strips.cross[1] * strips.grid[2]
-    return samples * strips.per_sample, strips.per_sample, strip, across, *strips.grid[:2]
+def _targets(launch: Pass, out: Tensor) -> Tensor:
+    """Where the voxels of a launch stand in the output, from its first one on."""
+    n, _, *axes = out.stride()
+    found = launch.targets.get((n, *axes))
+    if found is None:
+        d, h, w = (a * s for a, s in zip(axes, launch.every, strict=True))
+        found = places(launch.strips, (d, h, w), n, out.device, outside=False)
+        launch.targets[(n, *axes)] = found
+    return found
 
 
 def _list_tiles(

@@ -72,6 +72,39 @@ def strips_of(grid: Size3, voxels: int) -> Strips:
     return min(found, key=lambda row: row[:3])[3]
 
 
+def places(strips: Strips, axes: Size3, sample: int, device: torch.device, outside: bool) -> Tensor:
+    """Where the voxels stand in a buffer, by number, for as many samples as a tile may touch.
+
+    Parameters
+    ----------
+    strips : Strips
+    axes : Size3
+        Elements of the buffer from one voxel to the next, along each axis.
+    sample : int
+        From one sample to the next.
+    device : torch.device
+    outside : bool
+        Whether numbers beyond the grid have places; otherwise they are -1.
+
+    Returns
+    -------
+    Tensor, (per_sample + voxels,), int32
+    """
+    down, across = strips.counts
+    sizes = down, across, strips.grid[2], *strips.cross
+    d, h, w = (torch.arange(n, device=device) for n in strips.covered)
+    d, h = d.view(down, 1, 1, -1, 1), h.view(1, across, 1, 1, -1)
+    w = w.view(1, 1, -1, 1, 1)
+    place = (d * axes[0] + h * axes[1] + w * axes[2]).expand(sizes)
+    if not outside:
+        place = torch.where((d < strips.grid[0]) & (h < strips.grid[1]), place, -1)
+    flat = place.reshape(-1)
+    number = torch.arange(strips.per_sample + strips.voxels, device=device)
+    own = flat[number % strips.per_sample]
+    later = number // strips.per_sample * sample
+    return torch.where(own >= 0, own + later, -1).to(torch.int32)
+
+
 def live_tiles(mask: Tensor, strips: Strips, low: Size3, high: Size3) -> Tensor:
     """Tiles that hold or reach a voxel of a mask.
 

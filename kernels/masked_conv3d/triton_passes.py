@@ -36,28 +36,10 @@ def pack_weights(
 
 
 @triton.jit
-def voxel_of(
-    number, first, per_sample, strip, strips_across, CROSS_D: tl.constexpr, CROSS_H: tl.constexpr
-):  # fmt: skip
-    """Sample, counted from `first`, and place of the voxels that `strips` gives these numbers."""
-    n = number // per_sample - first
-    rest = number % per_sample
-    own = rest // strip
-    rest = rest % strip
-    across = rest % (CROSS_D * CROSS_H)
-    d = own // strips_across * CROSS_D + across // CROSS_H
-    h = own % strips_across * CROSS_H + across % CROSS_H
-    return n, d, h, rest // (CROSS_D * CROSS_H)
-
-
-@triton.jit
 def gather_product(
-    x, packed, offsets, steps, bias, live, y,
-    numbers, per_sample, strip, strips_across, out_d, out_h,
-    x_n, x_d, x_h, x_w, y_n, y_c, y_d, y_h, y_w,
-    tiles, rows, tiles_per_group, length,
-    VOXELS: tl.constexpr, CROSS_D: tl.constexpr, CROSS_H: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, CONTIGUOUS: tl.constexpr,
+    x, packed, offsets, steps, bias, live, y, x_places, y_places,
+    numbers, per_sample, x_n, y_n, y_c, tiles, rows, tiles_per_group, length,
+    VOXELS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CONTIGUOUS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_LIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Multiply the columns of each output tile's list with its packed weights.
@@ -67,14 +49,12 @@ def gather_product(
     # Output tiles of the same voxels run next to each other: they read the same input.
     tile = tl.program_id(0) % tiles
     part = tl.program_id(0) // tiles
-    number = part * VOXELS + tl.arange(0, VOXELS)
-    real = number < numbers
-    # Offsets from the tile's first sample on fit into 32 bits.
+    m = tl.arange(0, VOXELS)
+    real = part * VOXELS + m < numbers
+    # Places are counted from the tile's first sample on, so that they fit into 32 bits.
     first = part * VOXELS // per_sample
-    n, d, h, w = voxel_of(
-        tl.minimum(number, numbers - 1), first, per_sample, strip, strips_across, CROSS_D, CROSS_H
-    )
-    base = n * x_n + d * x_d + h * x_h + w * x_w
+    own = part * VOXELS % per_sample + m
+    base = tl.load(x_places + own, mask=real, other=0)
     if CONTIGUOUS > 1:
         base = tl.multiple_of(base, CONTIGUOUS)
     x_first = x + first.to(tl.int64) * x_n
@@ -98,19 +78,20 @@ def gather_product(
     channel = tile // tiles_per_group * rows + row
     if HAS_BIAS:
         total += tl.load(bias + channel, mask=row < rows, other=0.0).to(tl.float32)[None, :]
-    inside = (real & (d < out_d) & (h < out_h))[:, None] & (row < rows)[None, :]
-    to = (n * y_n + d * y_d + h * y_h + w * y_w)[:, None] + (channel * y_c)[None, :]
+    # -1 for what has a number and is beyond the grid.
+    place = tl.load(y_places + own, mask=real, other=-1)
+    inside = (place >= 0)[:, None] & (row < rows)[None, :]
+    to = place[:, None] + (channel * y_c)[None, :]
     tl.store(y + first.to(tl.int64) * y_n + to, total.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def weight_gradient(
-    x, gradient, offsets, steps, listed, part_count, partial,
-    numbers, per_sample, strip, strips_across, out_d, out_h,
-    x_n, x_d, x_h, x_w, g_n, g_c, g_d, g_h, g_w,
+    x, gradient, offsets, steps, listed, part_count, partial, x_places, g_places,
+    numbers, per_sample, x_n, g_n, g_c,
     tiles, most_steps, tiles_per_group, group_step, length, parts_per_split,
-    VOXELS: tl.constexpr, CROSS_D: tl.constexpr, CROSS_H: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, CONTIGUOUS: tl.constexpr, G_CONTIGUOUS: tl.constexpr,
+    VOXELS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    CONTIGUOUS: tl.constexpr, G_CONTIGUOUS: tl.constexpr,
     HAS_LISTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums over the voxels of one split, for one step of one output tile's list.
@@ -138,22 +119,20 @@ def weight_gradient(
             part = i
             if HAS_LISTED:
                 part = tl.load(listed + i)
-            number = part * VOXELS + m
-            at_first = part * VOXELS // per_sample
-            n, d, h, w = voxel_of(
-                tl.minimum(number, numbers - 1), at_first, per_sample, strip, strips_across,
-                CROSS_D, CROSS_H,
-            )  # fmt: skip
+            own = part * VOXELS % per_sample + m
+            real = part * VOXELS + m < numbers
+            x_base = tl.load(x_places + own, mask=real, other=0)
+            g_base = tl.load(g_places + own, mask=real, other=-1)
             # Beyond the output stand numbers of the input that are no part of these sums.
-            inside = (number < numbers) & (d < out_d) & (h < out_h)
-            x_base = n * x_n + d * x_d + h * x_h + w * x_w
-            g_base = n * g_n + d * g_d + h * g_h + w * g_w
+            inside = g_base >= 0
+            g_base = tl.where(inside, g_base, 0)
             if CONTIGUOUS > 1:
                 x_base = tl.multiple_of(x_base, CONTIGUOUS)
             if G_CONTIGUOUS > 1:
                 g_base = tl.multiple_of(g_base, G_CONTIGUOUS)
-            x_own = x + at_first.to(tl.int64) * x_n
-            g_own = gradient + at_first.to(tl.int64) * g_n
+            first_sample = (part * VOXELS // per_sample).to(tl.int64)
+            x_own = x + first_sample * x_n
+            g_own = gradient + first_sample * g_n
             # Loaded as it is multiplied: a transposed tile would not take the asynchronous path.
             a = tl.load(x_own + (x_base[None, :] + at[:, None]), mask=inside[None, :], other=0.0)
             b = tl.load(g_own + (g_base[:, None] + g_at[None, :]), mask=inside[:, None], other=0.0)
