@@ -10,6 +10,19 @@ import pytest
 from tests.engines.machines import Network, why_no_namespaces
 
 
+@pytest.fixture(scope="package", autouse=True)
+def _networks_of_their_own() -> Iterator[None]:
+    """Let these tests use the addresses of the network namespaces that they make.
+
+    NVIDIA FLARE also connects a datagram socket to 10.255.255.255 to learn its own address, which
+    sends nothing; its tests have no network but loopback where namespaces are permitted.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        networks = "127.0.0.0/8 ::1/128 192.0.2.0/24 10.255.255.255/32"
+        patch.setenv("SPARSEKIT_TEST_NETWORKS", networks)
+        yield
+
+
 @pytest.fixture(scope="session")
 def two_sites(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CSV of 2 sites with 4 people each on the 4 mm grid, and one of each site alone."""
