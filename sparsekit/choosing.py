@@ -128,7 +128,7 @@ def _why_only_reference(
     if not (torch.compiler.is_compiling() or plain):
         return "the Triton kernels cannot see into traced tensors, torch.func or tensor subclasses"
     # Where the kernels are, there is what knows their offsets.
-    implementations.gpu_autograd()
+    implementations.TRITON["masked_conv3d"].load()
     from sparsekit.kernels.masked_conv3d import gpu_plans
 
     return gpu_plans.why_too_large(call.shape)

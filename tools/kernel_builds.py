@@ -23,6 +23,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+_LISTS = 6
 _NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -48,7 +49,8 @@ class Figures:
         """Say what the code should have and has not; empty if it has all."""
         if build.tensor_cores and not self.tensor:
             return "uses no matrix unit"
-        if build.wide_copies and self.copies <= self.narrow:
+        # What is narrow are a step's list and the places of its voxels.
+        if build.wide_copies and (not self.copies or self.narrow > _LISTS):
             return "is not fed by copies of 16 bytes"
         return ""
 

@@ -76,7 +76,7 @@ def _product(kind: Kind, tile: Tile, width: int) -> Build:
         num_warps=tile.warps, num_stages=tile.stages,
         multiples=("length", *(("x_n",) if wide else ())),
         detail=_detail(kind, tile, width),
-        tensor_cores=_has_tensor_cores(kind), wide_copies=wide,
+        tensor_cores=_has_tensor_cores(kind), wide_copies=wide and _has_tensor_cores(kind),
     )  # fmt: skip
 
 
@@ -99,7 +99,7 @@ def _sums(kind: Kind, tile: Tile, width: int) -> Build:
         num_warps=tile.warps, num_stages=tile.stages,
         multiples=("length", "group_step", *steps),
         detail=_detail(kind, tile, width),
-        tensor_cores=_has_tensor_cores(kind), wide_copies=wide,
+        tensor_cores=_has_tensor_cores(kind), wide_copies=wide and _has_tensor_cores(kind),
     )  # fmt: skip
 
 

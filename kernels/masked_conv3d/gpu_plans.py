@@ -1,6 +1,5 @@
 """Plans on GPUs, kept beside the mask that they are of, and the choice of tiles and path."""
 
-import math
 import weakref
 from collections.abc import Hashable
 
@@ -91,8 +90,12 @@ def why_too_large(shape: Shape) -> str:
         reach = (shape.kernel[axis] - 1) * shape.dilation[axis] + 16 * shape.stride[axis]
         longest = max(shape.size[axis] + 2 * shape.padding[axis], shape.out[axis])
         grid *= longest + 2 * reach
-    fewest = math.prod(max(1, n // s) for n, s in zip(shape.size, shape.stride, strict=True))
-    together = 2 + _MOST_VOXELS // min(fewest, math.prod(shape.out))
+    # In loops: torch.compile looks at this.
+    fewest, outputs = 1, 1
+    for axis in range(3):
+        fewest *= max(1, shape.size[axis] // shape.stride[axis])
+        outputs *= shape.out[axis]
+    together = 2 + _MOST_VOXELS // min(fewest, outputs)
     if most_channels * grid * together < MOST_ELEMENTS:
         return ""
     return (

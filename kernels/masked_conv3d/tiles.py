@@ -108,11 +108,13 @@ def _stages(kind: Kind) -> int:
 def _product(kind: Kind, rows: int, width: int) -> Tile:
     half = kind.dtype != torch.float32
     exact = kind.precision == "ieee" and not half
-    voxels = 64 if (kind.split and rows > 32) or (exact and rows in (16, 128)) else 128
+    small = kind.split and (rows > 32 or width == 1)
+    voxels = 64 if small or (exact and rows in (16, 128)) else 128
     entries = 64 if half and width > 1 else 32
     if (kind.split and rows > 64) or exact:
         entries = 16
-    return Tile(rows, entries, voxels, 8 if rows > 64 else 4, _stages(kind))
+    many = rows > 64 or (kind.architecture == "sm_100" and half and rows == 32)
+    return Tile(rows, entries, voxels, 8 if many else 4, _stages(kind))
 
 
 def _sums(kind: Kind, rows: int, width: int) -> Tile:
@@ -123,5 +125,7 @@ def _sums(kind: Kind, rows: int, width: int) -> Tile:
     voxels = 128 if half and width > 1 else 64
     if kind.split or exact:
         voxels = 32
-    many = rows > (16 if exact else 32 if kind.split else 64)
+    # Found by compiling: with 4 warps these spill.
+    least = 16 if exact or (kind.split and width == 1) else 32 if kind.split else 64
+    many = rows > least or (kind.architecture == "sm_100" and half and rows == 64)
     return Tile(rows, entries, voxels, 8 if many else 4, _stages(kind))
