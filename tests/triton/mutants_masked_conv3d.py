@@ -83,7 +83,8 @@ MUTANTS = [
     (
         "lists shifted by one when they are made", _LISTS,
         "listed.cumsum(dim=1) - 1, length)", "listed.cumsum(dim=1), length)",
-        "interpreter", _TEST + "test_output_and_gradients[plain-one-16-16]",
+        "interpreter",
+        "tests/kernels/test_gpu_plan.py::test_lists_hold_the_live_columns_in_order",
     ),
     (
         "the last step of a list left out", _PLAN,
