@@ -4,8 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from sparsekit.kernels import triton_device
 from sparsekit.kernels.loading import at_first_use
 
@@ -36,10 +34,12 @@ def _row(
     """
     load = at_first_use(module, *before)
 
-    # torch.compile runs this as it is; it could not look into how a module is imported.
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def imported() -> bool:
         return load() is not None
+
+    # torch.compile runs that as it is; it could not look into how a module is imported. This is
+    # what `torch.compiler.assume_constant_result` does, which imports the compiler, and so Triton.
+    imported.__dict__["_dynamo_marked_constant"] = True
 
     def found() -> Callable[..., Any]:
         assert imported()
