@@ -10,7 +10,7 @@ import pytest
 from tests.engines.machines import Network, why_no_namespaces
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _networks_of_their_own() -> Iterator[None]:
     """Let these tests use the addresses of the network namespaces that they make.
 
