@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekit.kernels.triton_device import GPU
+from sparsekit.kernels.triton_device import on_device_of
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By bytes of an element: what kernels see instead of floats, so that bits stay as they are."""
@@ -23,12 +23,8 @@ def launch(
 
     Triton launches on the current GPU, wherever the tensors are: that of `x` becomes it meanwhile.
     """
-    run = kernel[(programs,)]
-    if x.device.type != GPU:
-        run(x, *arguments, **constants, num_warps=warps)
-        return
-    with torch.cuda.device(x.device):
-        run(x, *arguments, **constants, num_warps=warps)
+    with on_device_of(x):
+        kernel[(programs,)](x, *arguments, **constants, num_warps=warps)
 
 
 def flat_bits(x: Tensor) -> Tensor:

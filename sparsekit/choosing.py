@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from sparsekit.kernels.masked_conv3d.gpu_cost import Decision as GpuDecision
     from sparsekit.kernels.masked_conv3d.selector import Decision
 
+# Loaded with the kernels that they belong to.
+_PLANS = (
+    ("sparsekit.kernels.masked_conv3d.plan_cache", "PlanCache"),
+    ("sparsekit.kernels.masked_conv3d.gpu_plans", "GpuPlans"),
+)
+
 
 def known(kind: Hashable | None, mask: Tensor, backend: str) -> Known | None:
     """What an earlier call like this one did, which is counted as another; None if none was."""
@@ -92,9 +98,9 @@ def call(run: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     try:
         return run(*arguments, **options)
     except BaseException:
-        plans = sys.modules.get("sparsekit.kernels.masked_conv3d.plan_cache")
-        if plans is not None:
-            plans.PlanCache.forget()
+        for module, plans in _PLANS:
+            if module in sys.modules:
+                getattr(sys.modules[module], plans).forget()
         raise
 
 

@@ -263,8 +263,8 @@ def two_of_four_by_loops(tensor: Tensor, within: Tensor | None) -> Tensor:
     mask = torch.zeros(flat.shape, dtype=torch.bool)
     for o, first, tap in itertools.product(range(outputs), range(0, inputs, 4), range(taps)):
         members = [i for i in range(first, min(first + 4, inputs)) if allowed[o, i, tap]]
-        members.sort(key=lambda i, o=o, tap=tap: (-float(flat[o, i, tap]), i))  # type: ignore[misc]
-        for i in members[:2]:
+        ranked = sorted((-float(flat[o, i, tap]), i) for i in members)
+        for _, i in ranked[:2]:
             mask[o, i, tap] = True
     return mask.reshape(tensor.shape)
 

@@ -12,7 +12,7 @@ import torch
 from sparsekit import prune
 from sparsekit.kernels.masked_conv3d import gpu_cost, gpu_plan, gpu_work
 from sparsekit.kernels.masked_conv3d.geometry import Shape
-from sparsekit.kernels.masked_conv3d.tiles import Kind
+from sparsekit.kernels.masked_conv3d.tiles import Architecture, Kind
 from sparsekit.models import BrainAgeCNN
 
 FORMATS = ("weight", "vector:16", "block:16x16", "block:32x32")
@@ -39,11 +39,11 @@ class Layer:
     """Whether `auto` takes the kernels."""
 
 
-def layers(architecture: str = "sm_90") -> list[Layer]:
+def layers(architecture: Architecture = "sm_90") -> list[Layer]:
     """Every wide layer of the network of width 1 at 91 x 109 x 91, in bfloat16."""
     torch.manual_seed(0)
     model = BrainAgeCNN()
-    kind = Kind(architecture, torch.bfloat16, "ieee")  # type: ignore[arg-type]
+    kind = Kind(architecture, torch.bfloat16, "ieee")
     weights = {
         name: p.detach()
         for name, p in model.named_parameters()

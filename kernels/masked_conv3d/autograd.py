@@ -15,7 +15,7 @@ from sparsekit.kernels.kept_weights.cpu import select_kept
 from sparsekit.kernels.masked_conv3d import backward as backward_pass
 from sparsekit.kernels.masked_conv3d import packing, run, selector, voxels
 from sparsekit.kernels.masked_conv3d.cost import Gradients
-from sparsekit.kernels.masked_conv3d.geometry import Shape
+from sparsekit.kernels.masked_conv3d.geometry import Shape, shape_of
 from sparsekit.kernels.masked_conv3d.plan import Plan
 
 
@@ -126,14 +126,6 @@ def masked_conv3d_choosing(
     return y
 
 
-def _shape(
-    x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int],
-    groups: int,
-) -> Shape:  # fmt: skip
-    steps, pad, spread = ((v[0], v[1], v[2]) for v in (stride, padding, dilation))
-    return run.shape_of(x, weight, steps, pad, spread, groups)
-
-
 @torch.library.custom_op("sparsekit::masked_conv3d", mutates_args=(), device_types="cpu")
 def masked_conv3d_op(
     x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, stride: list[int],
@@ -145,7 +137,7 @@ def masked_conv3d_op(
     With gradients in `choose_for` (`cost.Gradients`), torch's dense convolution may run instead of
     the kernels. The backward operator gets the same text and so decides alike.
     """
-    shape = _shape(x, weight, stride, padding, dilation, groups)
+    shape = shape_of(x, weight, stride, padding, dilation, groups)
     if _takes_dense(choose_for, shape, x, mask):
         y = functional.conv3d(x, select_kept(weight, mask), bias, stride, padding, dilation, groups)
         return (y if voxel_mask is None else torch.where(voxel_mask, y, 0.0)).contiguous()
@@ -170,13 +162,8 @@ def _(
     padding: list[int], dilation: list[int], groups: int, voxel_mask: Tensor | None,
     choose_for: str = "",
 ) -> Tensor:  # fmt: skip
-    del mask, bias, groups, voxel_mask, choose_for
-    out = [
-        (n + 2 * p - e * (k - 1) - 1) // s + 1
-        for n, p, e, k, s in zip(
-            x.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True
-        )
-    ]
+    del mask, bias, voxel_mask, choose_for
+    out = shape_of(x, weight, stride, padding, dilation, groups).out
     return x.new_empty(x.shape[0], weight.shape[0], *out)
 
 
@@ -187,7 +174,7 @@ def masked_conv3d_backward_op(
     need_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the input (empty unless `need_x`), the weight and the bias."""
-    shape = _shape(x, weight, stride, padding, dilation, groups)
+    shape = shape_of(x, weight, stride, padding, dilation, groups)
     if _takes_dense(choose_for, shape, x, mask):
         return _dense_backward(
             grad, x, weight, mask, voxel_mask, stride, padding, dilation, groups, need_x

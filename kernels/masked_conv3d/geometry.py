@@ -15,8 +15,11 @@ All sizes and offsets count float32 numbers.
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+
+from torch import Tensor
 
 from sparsekit.types import Size3
 
@@ -56,6 +59,17 @@ class Shape:
         axes = zip(self.size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
         d, h, w = ((n + 2 * p - e * (k - 1) - 1) // s + 1 for n, k, s, p, e in axes)
         return d, h, w
+
+
+def shape_of(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int,
+) -> Shape:  # fmt: skip
+    """Sizes of a convolution of `x` (n, c_in, d, h, w) with `weight`."""
+    d, h, w = x.shape[2:]
+    kd, kh, kw = weight.shape[2:]
+    steps, pad, spread = ((v[0], v[1], v[2]) for v in (stride, padding, dilation))
+    return Shape(x.shape[1], weight.shape[0], (d, h, w), (kd, kh, kw), steps, pad, spread, groups)
 
 
 @dataclass(frozen=True, slots=True)

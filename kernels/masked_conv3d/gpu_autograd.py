@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from sparsekit.kernels.masked_conv3d import launches
-from sparsekit.kernels.masked_conv3d.geometry import Shape
+from sparsekit.kernels.masked_conv3d.geometry import Shape, shape_of
 from sparsekit.kernels.masked_conv3d.gpu_cost import Decision
 from sparsekit.kernels.masked_conv3d.gpu_plan import Plan
 from sparsekit.kernels.masked_conv3d.gpu_plans import GpuPlans, kind_of
@@ -22,9 +22,16 @@ from sparsekit.kernels.triton_device import on_device_of
 def decide(
     x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, shape: Shape, precision: str
 ) -> Decision:
-    """Choose between the kernels and torch's dense convolution."""
+    """Choose between the kernels and torch's dense convolution.
+
+    Where the kernels are chosen, the same call does not compare the mask again.
+    """
     kind = kind_of(x, precision)
-    return GpuPlans.of(mask).decide(shape, x.shape[0], kind, train=_trains(x, weight, bias))
+    plans = GpuPlans.compare(mask)
+    decision = plans.decide(shape, x.shape[0], kind, train=_trains(x, weight, bias))
+    if decision.dense:
+        GpuPlans.forget()
+    return decision
 
 
 def _trains(*tensors: Tensor | None) -> bool:
@@ -167,10 +174,7 @@ def _planned(
     dilation: list[int], groups: int, precision: str, train: bool, choose: bool,
 ) -> tuple[Plan | None, Precision]:  # fmt: skip
     """Return the plan, or None where the choice is left open and the dense path is better."""
-    steps, pad, spread = ((v[0], v[1], v[2]) for v in (stride, padding, dilation))
-    size = (x.shape[2], x.shape[3], x.shape[4])
-    kernel = (weight.shape[2], weight.shape[3], weight.shape[4])
-    shape = Shape(x.shape[1], weight.shape[0], size, kernel, steps, pad, spread, groups)
+    shape = shape_of(x, weight, stride, padding, dilation, groups)
     kind, plans = kind_of(x, precision), GpuPlans.of(mask)
     if choose and plans.decide(shape, x.shape[0], kind, train=train).dense:
         return None, kind.precision
@@ -205,13 +209,8 @@ def _(
     padding: list[int], dilation: list[int], groups: int, voxel_mask: Tensor | None,
     precision: str, train: bool, choose: bool,
 ) -> Tensor:  # fmt: skip
-    del mask, bias, groups, voxel_mask, precision, train, choose
-    out = [
-        (n + 2 * p - e * (k - 1) - 1) // s + 1
-        for n, p, e, k, s in zip(
-            x.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True
-        )
-    ]
+    del mask, bias, voxel_mask, precision, train, choose
+    out = shape_of(x, weight, stride, padding, dilation, groups).out
     sizes = (x.shape[0], weight.shape[0], *out)
     return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
 

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 import torch
@@ -230,8 +230,8 @@ def _int32(values: "range | list[int]", like: Tensor) -> Tensor:
     return torch.tensor(list(values), dtype=torch.int32).to(like.device, non_blocking=True)
 
 
-def _axes(function: "object", *sizes: Size3) -> Size3:
-    d, h, w = (function(*axis) for axis in zip(*sizes, strict=True))  # type: ignore[operator]
+def _axes(function: Callable[..., int], *sizes: Size3) -> Size3:
+    d, h, w = (function(*axis) for axis in zip(*sizes, strict=True))
     return d, h, w
 
 

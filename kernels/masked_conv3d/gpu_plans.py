@@ -1,7 +1,9 @@
 """Plans on GPUs, kept beside the mask that they are of, and the choice of tiles and path."""
 
+import threading
 import weakref
 from collections.abc import Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ class GpuPlans:
         self._mask = mask.detach().clone(memory_format=torch.contiguous_format)
         self._listed: dict[int, gpu_cost.Listed] = {}
         self._plans: dict[Hashable, Plan] = {}
+        self._decisions: dict[Hashable, Decision] = {}
 
     @classmethod
     def of(cls, mask: Tensor) -> "GpuPlans":
@@ -35,6 +38,10 @@ class GpuPlans:
         changes misses those through ``mask.data`` and the broadcasts of DistributedDataParallel.
         While a CUDA graph is recorded nobody may wait, and the mask counts as unchanged.
         """
+        compared = _thread.__dict__.pop("compared", None)
+        if compared is not None and compared[0] is mask:
+            last: GpuPlans = compared[1]
+            return last
         entry = _known.get(id(mask))
         if entry is not None and entry[0]() is mask:
             recording = mask.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -45,12 +52,36 @@ class GpuPlans:
         _known[key] = weakref.ref(mask, lambda dead: _drop(key, dead)), found
         return found
 
+    @classmethod
+    def compare(cls, mask: Tensor) -> "GpuPlans":
+        """Do as `of`, and spare this thread's next `of` for the same mask the comparison.
+
+        For the first of two looks within one call, between which nothing else can run. Whoever
+        takes no second look calls `forget`.
+        """
+        cls.forget()
+        found = cls.of(mask)
+        _thread.compared = mask, found
+        return found
+
+    @staticmethod
+    def forget() -> None:
+        """Let the next `of` compare again."""
+        _thread.__dict__.pop("compared", None)
+
     def decide(self, shape: Shape, samples: int, kind: Kind, *, train: bool) -> Decision:
         """Choose tiles and path."""
+        key = shape, samples, kind, train
+        known = self._decisions.get(key)
+        if known is not None:
+            return known
         listed = self._listed.get(shape.groups)
         if listed is None:
             listed = self._listed[shape.groups] = gpu_cost.count_columns(self._mask, shape.groups)
-        return gpu_cost.decide(shape, samples, kind, listed, train=train)
+        found = gpu_cost.decide(shape, samples, kind, listed, train=train)
+        _make_room(self._decisions, self.MOST)
+        self._decisions[key] = found
+        return found
 
     def plan(self, shape: Shape, samples: int, kind: Kind, *, train: bool) -> Plan:
         """Return the plan for the tiles that `decide` chooses."""
@@ -58,12 +89,19 @@ class GpuPlans:
         key = shape, settings
         found = self._plans.get(key)
         if found is None:
-            for old in list(self._plans)[: len(self._plans) + 1 - self.MOST]:
-                self._plans.pop(old, None)
+            _make_room(self._plans, self.MOST)
             found = self._plans[key] = gpu_plan.make(self._mask, shape, settings)
         return found
 
 
+def _make_room(kept: dict[Hashable, Any], most: int) -> None:
+    """Drop the oldest, so that one more makes no more than `most`."""
+    # Other threads may do the same meanwhile.
+    for old in list(kept)[: len(kept) + 1 - most]:
+        kept.pop(old, None)
+
+
+_thread = threading.local()
 _known: dict[int, tuple[weakref.ref[Tensor], GpuPlans]] = {}
 
 

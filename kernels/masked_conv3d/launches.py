@@ -228,14 +228,15 @@ def _list_tiles(
 ) -> tuple[Tensor | None, Tensor]:
     """Numbers of the live tiles, those first, and how many there are."""
     if voxel_mask is None:
-        return None, torch.tensor([most], dtype=torch.int32, device=device)
+        return None, torch.full((1,), most, dtype=torch.int32, device=device)
     zeros = (0, 0, 0)
     live = live_tiles(voxel_mask, strips, zeros, zeros)
     order = torch.argsort(live.to(torch.int8), descending=True, stable=True)
     return order.to(torch.int32), live.sum(dtype=torch.int32).reshape(1)
 
 
-# Programs that keep any GPU of today busy, and no more splits than that: each writes its own sums.
+# Programs to aim for, several for each processor of a large GPU. Not tuned: every split writes sums
+# of its own.
 _PROGRAMS = 1024
 
 

@@ -21,24 +21,12 @@ from sparsekit.kernels.masked_conv3d.plan_cache import PlanCache
 from sparsekit.kernels.masked_conv3d.rows import row_table
 from sparsekit.kernels.parallel import Prepared
 from sparsekit.kernels.vector import LANES, REGISTERS, VECTOR_BYTES
-from sparsekit.types import Size3
 
 # Work below which a second thread costs more than it brings, in multiply-adds.
 _WORK_PER_THREAD = 1 << 18
 # Results larger than this do not stay in a cache until they are read.
 _STREAM_BYTES = 16 << 20
 _PREFETCH_BYTES = 1 << 20
-
-
-def shape_of(
-    x: Tensor, weight: Tensor, stride: Size3, padding: Size3, dilation: Size3, groups: int
-) -> Shape:
-    """Sizes of a convolution of `x` (n, c_in, d, h, w) with `weight`."""
-    d, h, w = x.shape[2:]
-    kd, kh, kw = weight.shape[2:]
-    return Shape(
-        x.shape[1], weight.shape[0], (d, h, w), (kd, kh, kw), stride, padding, dilation, groups
-    )
 
 
 def plan_of(mask: Tensor, shape: Shape, gradient_bytes: int | None = None) -> Plan:

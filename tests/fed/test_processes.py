@@ -28,6 +28,7 @@ from sparsekit.fed.engines.framed import (
 from sparsekit.fed.engines.processes import ProcessesEngine, SiteProcess
 from sparsekit.fed.ledger import Ledger, LedgerRow
 from sparsekit.fed.runner import start_run
+from tools.process_watch import site_processes
 
 SMALL: dict[str, Any] = {
     "resolution": 4, "rounds": 3, "epochs": 1, "batch": 2, "width": 0.05, "sparsity": 0.8,
@@ -45,23 +46,6 @@ def rows(run: Path) -> list[LedgerRow]:
 
 def connections(run: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = json.loads((run / "connections.json").read_text())
-    return found
-
-
-# Forked processes have the command line of the one that they come from.
-_STARTED_AS = {b"sparsekit.fed.engines.site_process", b"sparsekit.fed.engines.nursery"}
-
-
-def alive(run: Path) -> list[int]:
-    """Processes of the run's sites."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if _STARTED_AS & set(words) and str(run).encode() in words:
-            found.append(int(path.parent.name))
     return found
 
 
@@ -98,7 +82,7 @@ def test_the_same_bits_as_in_one_process_and_the_kernel_agrees(
         # Goodbyes both ways, and the run's secret before the introduction.
         assert one["sent"] == down + FRAME_BYTES
         assert one["received"] == up + FRAME_BYTES + 32
-    assert alive(tmp_path / "many") == []
+    assert site_processes(tmp_path / "many") == []
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """Fixtures of the kernel tests: poisoned memory, and comparison by the table of tolerances."""
 
-import importlib.util
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,25 +10,14 @@ import torch
 from torch import Tensor
 
 from sparsekit.kernels import buffers
+from tests.tolerances import TOLERANCES
 
 Compare = Callable[[str, str, Tensor, npt.NDArray[np.float64]], None]
-
-
-def _load_tolerances() -> dict[tuple[str, torch.dtype, str], float]:
-    path = Path(__file__).parents[1] / "tolerances.py"
-    spec = importlib.util.spec_from_file_location("tolerances", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    table: dict[tuple[str, torch.dtype, str], float] = module.TOLERANCES
-    return table
 
 
 @pytest.fixture(scope="session")
 def compare() -> Compare:
     """Assert that a result is within the tolerance of its op, dtype and direction."""
-    table = _load_tolerances()
 
     def check(op: str, direction: str, result: Tensor, exact: npt.NDArray[np.float64]) -> None:
         got = result.detach().double().numpy()
@@ -38,7 +25,7 @@ def compare() -> Compare:
         assert np.isfinite(got).all()
         if exact.size == 0:
             return
-        limit = table[op, result.dtype, direction] * max(float(np.abs(exact).max()), 1e-30)
+        limit = TOLERANCES[op, result.dtype, direction] * max(float(np.abs(exact).max()), 1e-30)
         worst = float(np.abs(got - exact).max())
         assert worst <= limit, f"{op} {direction}: error {worst:.3g} above {limit:.3g}"
 

@@ -162,7 +162,7 @@ def test_few_planes_of_the_gradient_at_a_time(
 ) -> None:
     monkeypatch.setattr(block_run, "BLOCK_GRADIENT_BYTES", 1)
     leaves, mask, grad = operands(case, "half")
-    shape = conv_run.shape_of(
+    shape = geometry.shape_of(
         leaves[0], leaves[1], case.stride, case.padding, case.dilation, case.groups
     )
     layout = block_run.plan_of(mask.clone(), shape).geometry

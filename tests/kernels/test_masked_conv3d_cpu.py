@@ -174,7 +174,7 @@ def test_every_way_through_the_kernels(
 def test_the_modes_are_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(1, 7, 8, (4, 5, 6), padding=ONES)
     leaves, mask, _ = operands(case, "half")
-    shape = run.shape_of(leaves[0], leaves[1], ONES, ONES, ONES, 1)
+    shape = geometry.shape_of(leaves[0], leaves[1], ONES, ONES, ONES, 1)
     assert run.plan_of(mask.clone(), shape).forward.blocks == 1
     set_mode(monkeypatch, "one-channel-blocks")
     made = run.plan_of(mask.clone(), shape)
@@ -359,7 +359,7 @@ def test_lists_hold_each_unpruned_weight_once_and_in_order(density: str) -> None
         if case.batch == 0:
             continue
         leaves, mask, _ = operands(case, density)
-        shape = run.shape_of(
+        shape = geometry.shape_of(
             leaves[0], leaves[1], case.stride, case.padding, case.dilation, case.groups
         )
         layout = geometry.geometry(shape, LANES, REGISTERS)

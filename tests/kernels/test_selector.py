@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from sparsekit import masked_conv3d
 from sparsekit.kernels import dispatch, implementations
-from sparsekit.kernels.masked_conv3d import cost, run, selector
+from sparsekit.kernels.masked_conv3d import cost, geometry, selector
 from sparsekit.kernels.masked_conv3d.cost import Call, Gradients
 from sparsekit.kernels.masked_conv3d.geometry import Shape
 from sparsekit.nn import MaskedConv3d
@@ -268,7 +268,7 @@ def test_a_mask_that_keeps_all_needs_no_selection() -> None:
     weight[0, 0, 0, 0, 0] = float("nan")
     dense = implementations.DENSE["masked_conv3d"].load()
     every = torch.ones_like(weight, dtype=torch.bool)
-    shape = run.shape_of(x, weight, (1, 1, 1), (1, 1, 1), (1, 1, 1), 1)
+    shape = geometry.shape_of(x, weight, (1, 1, 1), (1, 1, 1), (1, 1, 1), 1)
     settings: dict[str, Any] = {"precision": "auto", "voxel_mask": None}
     y = dense(x, weight, every, bias, shape, **settings)
     assert torch.equal(y.isnan(), functional.conv3d(x, weight, bias, padding=1).isnan())

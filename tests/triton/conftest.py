@@ -4,7 +4,6 @@
 compiles a kernel to and stops at accesses out of bounds and at races.
 """
 
-import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,19 +35,6 @@ def device() -> str:
 def sanitized() -> bool:
     """Whether bfloat16 and tf32 are computed as a GPU does: the interpreter gets both wrong."""
     return SANITIZED
-
-
-@pytest.fixture(scope="session")
-def tolerances() -> dict[tuple[str, torch.dtype, str], float]:
-    """Largest errors allowed, of tests/tolerances.py."""
-    path = Path(__file__).parents[1] / "tolerances.py"
-    spec = importlib.util.spec_from_file_location("tolerances", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    table: dict[tuple[str, torch.dtype, str], float] = module.TOLERANCES
-    return table
 
 
 @pytest.fixture(autouse=True)

@@ -12,10 +12,11 @@ from sparsekit.kernels.masked_conv3d.geometry import Shape
 from sparsekit.kernels.masked_conv3d.gpu_plan import Plan, Settings, Tile
 from sparsekit.kernels.masked_conv3d.strips import Strips
 from sparsekit.types import Size3
+from tests.kernels.convolutions import DENSITIES, make_mask
+from tests.tolerances import TOLERANCES
 
 ONES: Size3 = (1, 1, 1)
 ZEROS: Size3 = (0, 0, 0)
-Table = dict[tuple[str, torch.dtype, str], float]
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,6 @@ CASES = {
         2, 4, 4, (5, 7, 6), (2, 3, 2), (2, 1, 3), (1, 2, 3), (3, 2, 1), 2
     ),
 }  # fmt: skip
-DENSITIES = ("none", "one", "half", "all")
 # (channels of a run forward, backward): wide accesses both ways, one way, not at all.
 WIDTHS = ((16, 16), (1, 1))
 MIXED = ((16, 1), (1, 16))
@@ -66,18 +66,6 @@ def small(width: int, gradient_width: int) -> Settings:
     """Tiles so small that little tensors fill several."""
     tile = Tile(16, 16, 32)
     return Settings(tile, tile, tile, width, gradient_width)
-
-
-def mask_of(shape: tuple[int, ...], density: str) -> Tensor:
-    mask = torch.zeros(shape, dtype=torch.bool)
-    if density == "one":
-        mask.view(-1)[mask.numel() // 2] = True
-    elif density == "half":
-        order = torch.randperm(mask.numel(), generator=torch.Generator().manual_seed(3))
-        mask.view(-1)[order[: mask.numel() // 2]] = True
-    elif density == "all":
-        mask.fill_(True)
-    return mask
 
 
 def drawn(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -147,7 +135,7 @@ def run(
 
 
 def agree(
-    got: dict[str, Tensor], right: dict[str, Tensor], dtype: torch.dtype, table: Table,
+    got: dict[str, Tensor], right: dict[str, Tensor], dtype: torch.dtype,
     op: str = "masked_conv3d_triton",
 ) -> None:  # fmt: skip
     for name, expected in right.items():
@@ -155,7 +143,7 @@ def agree(
         assert torch.isfinite(got[name]).all(), name
         if expected.numel() == 0:
             continue
-        limit = table[op, dtype, name] * max(float(expected.abs().max()), 1e-30)
+        limit = TOLERANCES[op, dtype, name] * max(float(expected.abs().max()), 1e-30)
         worst = float((got[name] - expected).abs().max())
         assert worst <= limit, f"{name}: error {worst:.3g} above {limit:.3g}"
 
@@ -170,12 +158,12 @@ GRID = [
 
 @pytest.mark.parametrize(("name", "density", "widths"), GRID)
 def test_output_and_gradients(
-    name: str, density: str, widths: tuple[int, int], device: str, tolerances: Table
+    name: str, density: str, widths: tuple[int, int], device: str
 ) -> None:
     case = CASES[name]
-    mask = mask_of((case.c_out, case.c_in // case.groups, *case.kernel), density)
+    mask = make_mask((case.c_out, case.c_in // case.groups, *case.kernel), density)
     got, right, _ = run(case, small(*widths), mask, torch.float32, device)
-    agree(got, right, torch.float32, tolerances)
+    agree(got, right, torch.float32)
     # Not only small: exactly 0.
     assert not got["weight"][~mask].any()
 
@@ -183,31 +171,31 @@ def test_output_and_gradients(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("widths", [(16, 16), (1, 1)], ids=["runs", "columns"])
 def test_half_types_add_up_in_float32(
-    dtype: torch.dtype, widths: tuple[int, int], device: str, sanitized: bool, tolerances: Table
+    dtype: torch.dtype, widths: tuple[int, int], device: str, sanitized: bool
 ) -> None:
     if dtype == torch.bfloat16 and device == "cpu" and not sanitized:
         pytest.skip("Triton's interpreter computes bfloat16 wrongly; ttsem runs this case")
     case = Case(c_in=18, c_out=17, padding=ONES, size=(3, 3, 4))
-    mask = mask_of((17, 18, 3, 3, 3), "half")
+    mask = make_mask((17, 18, 3, 3, 3), "half")
     got, right, _ = run(case, small(*widths), mask, dtype, device)
-    agree(got, right, dtype, tolerances)
+    agree(got, right, dtype)
 
 
 @pytest.mark.parametrize("precision", ["tf32", "tf32x3", "bf16x3"])
-def test_precision_modes(precision: str, device: str, sanitized: bool, tolerances: Table) -> None:
+def test_precision_modes(precision: str, device: str, sanitized: bool) -> None:
     if device == "cpu" and not sanitized:
         pytest.skip("Triton's interpreter computes every mode in float32; ttsem runs this case")
     case = Case(c_in=18, c_out=17, padding=ONES, size=(3, 3, 4))
-    mask = mask_of((17, 18, 3, 3, 3), "half")
+    mask = make_mask((17, 18, 3, 3, 3), "half")
     got, right, _ = run(case, small(16, 16), mask, torch.float32, device, precision)
-    agree(got, right, torch.float32, tolerances, f"masked_conv3d_triton {precision}")
+    agree(got, right, torch.float32, f"masked_conv3d_triton {precision}")
 
 
 @pytest.mark.parametrize("widths", [(16, 16), (1, 1)], ids=["runs", "columns"])
 @pytest.mark.parametrize("name", ["plain", "stride-uneven", "dilated", "everything"])
 @pytest.mark.parametrize("density", ["none", "one", "some", "all"])
 def test_voxel_mask_skips_tiles_and_nothing_else(
-    name: str, density: str, widths: tuple[int, int], device: str, tolerances: Table
+    name: str, density: str, widths: tuple[int, int], device: str
 ) -> None:
     case = CASES[name]
     voxels = torch.zeros((case.samples, *case.shape.out), dtype=torch.bool)
@@ -217,31 +205,31 @@ def test_voxel_mask_skips_tiles_and_nothing_else(
         voxels[:, : (voxels.shape[1] + 1) // 2, 0] = True
     elif density == "all":
         voxels.fill_(True)
-    mask = mask_of((case.c_out, case.c_in // case.groups, *case.kernel), "half")
+    mask = make_mask((case.c_out, case.c_in // case.groups, *case.kernel), "half")
     got, right, _ = run(case, small(*widths), mask, torch.float32, device, voxels=voxels)
-    agree(got, right, torch.float32, tolerances)
+    agree(got, right, torch.float32)
 
 
 @pytest.mark.parametrize("rows", [32, 64])
-def test_tiles_wider_than_the_filters(rows: int, device: str, tolerances: Table) -> None:
+def test_tiles_wider_than_the_filters(rows: int, device: str) -> None:
     case = Case(c_in=5, c_out=37, kernel=(2, 2, 2), size=(4, 3, 5))
     tile = Tile(rows, 32, 32)
     settings = Settings(tile, tile, tile, 32, 32)
-    mask = mask_of((37, 5, 2, 2, 2), "half")
+    mask = make_mask((37, 5, 2, 2, 2), "half")
     got, right, _ = run(case, settings, mask, torch.float32, device)
-    agree(got, right, torch.float32, tolerances)
+    agree(got, right, torch.float32)
 
 
-def test_channels_last_in_and_out(device: str, tolerances: Table) -> None:
+def test_channels_last_in_and_out(device: str) -> None:
     case = Case(samples=2, padding=ONES, size=(2, 3, 5))
-    mask = mask_of((5, 3, 3, 3, 3), "half")
+    mask = make_mask((5, 3, 3, 3, 3), "half")
     got, right, _ = run(case, small(16, 16), mask, torch.float32, device, last=True)
-    agree(got, right, torch.float32, tolerances)
+    agree(got, right, torch.float32)
 
 
-def test_pruned_values_take_part_in_nothing(device: str, tolerances: Table) -> None:
+def test_pruned_values_take_part_in_nothing(device: str) -> None:
     case = Case()
-    mask = mask_of((5, 3, 3, 3, 3), "half")
+    mask = make_mask((5, 3, 3, 3, 3), "half")
     x, weight, bias, g = drawn(case, torch.float32)
     right = exact(case, x, weight, mask, bias, g)
     poisoned = torch.where(mask, weight, float("nan")).float().to(device)
@@ -257,7 +245,7 @@ def test_pruned_values_take_part_in_nothing(device: str, tolerances: Table) -> N
     assert found.x is not None
     assert found.weight is not None
     got = {"forward": y, "input": found.x, "weight": found.weight}
-    agree({k: v.cpu().double() for k, v in got.items()}, right, torch.float32, tolerances)
+    agree({k: v.cpu().double() for k, v in got.items()}, right, torch.float32)
 
 
 # NumPy under the interpreter warns of infinities times 0.
@@ -268,7 +256,7 @@ def test_infinities_outside_the_output_reach_no_weight(
     # Strips of twice the grid's height: numbers beyond the output have places in the input.
     monkeypatch.setattr(gpu_plan, "strips_of", lambda grid, n: Strips(grid, (2, 1), n))
     case = Case(c_in=1, c_out=1, size=(2, 1, 6), kernel=(2, 1, 1))
-    mask = mask_of((1, 1, 2, 1, 1), "all")
+    mask = make_mask((1, 1, 2, 1, 1), "all")
     x, weight, bias, g = drawn(case, torch.float32)
     x[:, :, 1] = float("inf")
     right = exact(case, x, weight, mask, bias, g)

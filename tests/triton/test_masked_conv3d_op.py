@@ -78,6 +78,28 @@ def test_values_gradients_and_what_explain_says(backend: str, inputs: Inputs, de
     assert ("named by the caller" if backend == "triton" else "modelled for") in found.reason
 
 
+@pytest.mark.usefixtures("kernels_chosen")
+def test_a_call_compares_the_mask_once(
+    inputs: Inputs, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device == "cpu":
+        pytest.skip("auto takes Numba's kernels on a CPU; ttsem runs this case")
+    masked_conv3d(*inputs)
+    equal, compared = torch.equal, []
+
+    def counting(a: Tensor, b: Tensor) -> bool:
+        compared.append(a.shape)
+        return equal(a, b)
+
+    monkeypatch.setattr(torch, "equal", counting)
+    masked_conv3d(*inputs)
+    assert len(compared) == 1
+    # The next call looks again.
+    inputs[2].data.logical_not_()
+    y = masked_conv3d(*inputs)
+    torch.testing.assert_close(y, masked_conv3d(*inputs, backend="reference"), rtol=1e-5, atol=1e-5)
+
+
 def test_auto_precision_follows_torch(
     inputs: Inputs, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
