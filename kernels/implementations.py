@@ -35,14 +35,15 @@ def _row(
     load = at_first_use(module, *before)
 
     def imported() -> bool:
-        return load() is not None
+        load()
+        return True
 
     # torch.compile runs that as it is; it could not look into how a module is imported. This is
     # what `torch.compiler.assume_constant_result` does, which imports the compiler, and so Triton.
     imported.__dict__["_dynamo_marked_constant"] = True
 
     def found() -> Callable[..., Any]:
-        assert imported()
+        imported()
         loaded: Callable[..., Any] = getattr(load(), function)
         return loaded
 
