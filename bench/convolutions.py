@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.bench.agreement import check_close, check_zero_outside
-from sparsekit.bench.network import LAYERS, random_mask
+from sparsekit.bench.network import LAYERS, Layer, random_mask
 from sparsekit.bench.pairs import OURS, STOCK, Case
 from sparsekit.nn import MaskedConv3d, sparsify
 
@@ -19,19 +19,21 @@ FORWARD_LIMIT = 2e-5
 GRADIENT_LIMIT = 3e-4
 
 
-def conv_case(name: str, sparsity: float, mode: Mode) -> Case:
+def conv_case(name: str, sparsity: float, mode: Mode, layer: Layer | None = None) -> Case:
     """Forward pass alone, or forward pass and all gradients that training needs, of one layer.
 
     Parameters
     ----------
     name : str
-        In `LAYERS`. The first layer's input needs no gradient.
+        In `LAYERS`, or any name of `layer`. The input of ``conv1`` needs no gradient.
     sparsity : float
         Share of its weights pruned at random.
     mode : {"forward", "step"}
+    layer : Layer, optional
+        A layer of your own.
     """
-    layer = LAYERS[name]
-    mask = random_mask(name, sparsity)
+    mask = random_mask(name, sparsity, layer)
+    layer = layer or LAYERS[name]
     ours = layer.make()
     with torch.no_grad():
         random = torch.Generator().manual_seed(2)

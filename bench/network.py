@@ -92,11 +92,12 @@ def convolutions(model: BrainAgeCNN) -> dict[str, nn.Conv3d]:
     return dict(zip(LAYERS, found, strict=True))
 
 
-def random_mask(name: str, sparsity: float) -> Tensor:
+def random_mask(name: str, sparsity: float, layer: Layer | None = None) -> Tensor:
     """Mask of one layer with exactly ``int(sparsity * n)`` entries pruned, at random places."""
-    layer = LAYERS[name]
+    number = len(LAYERS) if layer else list(LAYERS).index(name)
+    layer = layer or LAYERS[name]
     shape = (layer.c_out, layer.c_in, *(layer.kernel,) * 3)
-    seed = 1000 * list(LAYERS).index(name) + round(100 * sparsity)
+    seed = 1000 * number + round(100 * sparsity)
     order = torch.randperm(layer.weights, generator=torch.Generator().manual_seed(seed))
     mask = torch.ones(layer.weights, dtype=torch.bool)
     mask[order[: int(sparsity * layer.weights)]] = False
