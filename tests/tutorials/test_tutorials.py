@@ -18,7 +18,7 @@ def test_all_pages_are_found() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
 def test_a_page_runs_as_it_stands(page: Path, tmp_path: Path) -> None:
     scripts = str(Path(sys.executable).parent)
     environment = {
