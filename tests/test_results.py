@@ -29,9 +29,10 @@ def test_tables_are_those_of_the_results_files(tool: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_table_of_formats_is_what_the_model_says() -> None:
+@pytest.mark.parametrize("tool", ["formats_table.py", "which_table.py"])
+def test_tables_within_a_page_are_those_of_their_tool(tool: str) -> None:
     done = subprocess.run(
-        [sys.executable, "tools/formats_table.py", "--check"],
+        [sys.executable, f"tools/{tool}", "--check"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -24,7 +24,7 @@ from sparsekit.bench.figures import (
     trained_rows,
 )
 from sparsekit.bench.network import LAYERS, SPARSITIES
-from sparsekit.bench.pages import number, rows_of, table
+from sparsekit.bench.pages import milliseconds, number, rows_of, table
 from sparsekit.bench.pairs import STOCK, quartiles, ratio
 from sparsekit.bench.steps import STEP
 
@@ -89,9 +89,14 @@ def cpu_layers() -> str:
             found = sorted(select(rows, what=what, layer=name), key=lambda r: float(r["sparsity"]))
             cells.append(crossing([(r["sparsity"], best_dense(r)[1][1]) for r in found]))
         row = one(rows, what=GRADIENTS, layer=name, sparsity=0.95)
-        cells.append("-" if row is None else f"{number(best_dense(row)[1][1])}x")
+        if row is None:
+            cells += ["-", "-"]
+        else:
+            side, values = best_dense(row)
+            cells += [f"{number(values[1])}x", f"{milliseconds(row, side)} ms"]
         lines.append(cells)
-    header = ["convolution", "forward, from", "with gradients, from", "with gradients at 95 %"]
+    header = ["convolution", "forward, from", "with gradients, from", "with gradients at 95 %",
+              "dense, with gradients"]  # fmt: skip
     return (
         f"{table(header, lines)}\n\nAgainst the faster of torch's contiguous and channels-last "
         "convolution: the least of the measured sparsities "
@@ -107,7 +112,7 @@ def _layer_rows(granularity: str, sparsity: float) -> list[Results]:
     ]
 
 
-def gpu() -> str:
+def gpu_model() -> str:
     """What the model of an H100 says of the wide layers of the network."""
     layers = load("kernels")["layers"]
     sparsities = sorted({row["sparsity"] for row in layers})
@@ -123,8 +128,8 @@ def gpu() -> str:
     header = ["granularity", *(f"{percent(s)} pruned" for s in sparsities)]
     names = ", ".join(dict.fromkeys(row["layer"] for row in layers))
     return (
-        f"{table(header, lines)}\n\n**A model of an H100, not a measurement; nobody has timed these "
-        f"kernels on a GPU.** Step of torch's dense convolution over ours, least to most over "
+        f"{table(header, lines)}\n\n**A model of an H100, not a measurement; nobody has timed "
+        "these kernels on a GPU.** Step of torch's dense convolution over ours, least to most over "
         f"{names}, 8 scans in bfloat16; and in how many of them `auto` would take our kernels."
     )
 
@@ -139,7 +144,7 @@ def wire_sizes() -> str:
     for row in rows:
         notes = row["notes"]
         payload, dense = notes["bytes"]["sparsekit"], notes["dense_bytes"]
-        coding = sum(_milliseconds(r) for r in (row, back[row["sparsity"]]))
+        coding = sum(_coding_milliseconds(r) for r in (row, back[row["sparsity"]]))
         lines.append(
             [
                 percent(1 - 4 * notes["kept"] / dense),
@@ -157,13 +162,13 @@ def wire_sizes() -> str:
               "pays up to"]  # fmt: skip
     return (
         f"{table(header, lines)}\n\n`BrainAgeCNN` at width 1, weights of a trained network, "
-        "lossless, without a base. Times on links are bytes over bandwidth, calculated, without coding. "
-        f"Coding, encode and decode, was measured on one thread: {machine_of(results)}. *Pays up "
-        "to*: the bandwidth at which coding takes the time that it saves."
+        "lossless, without a base. Times on links are bytes over bandwidth, calculated, without "
+        f"coding. Coding, encode and decode, was measured on one thread: {machine_of(results)}. "
+        "*Pays up to*: the bandwidth at which coding takes the time that it saves."
     )
 
 
-def _milliseconds(row: Row) -> float:
+def _coding_milliseconds(row: Row) -> float:
     return quartiles(row["milliseconds"]["sparsekit"])[1]
 
 
@@ -235,7 +240,7 @@ def wire_link() -> str:
 SECTIONS: dict[str, Callable[[], str]] = {
     "steps": cpu_steps,
     "layers": cpu_layers,
-    "gpu": gpu,
+    "gpu": gpu_model,
     "sizes": wire_sizes,
     "values": wire_values,
     "link": wire_link,
