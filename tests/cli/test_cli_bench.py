@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sparsekit.bench import speedup
 from sparsekit.bench.figures import FORWARD, GRADIENTS
@@ -57,3 +58,26 @@ def test_a_file_is_not_replaced_unless_told(sparsekit: Command, tmp_path: Path) 
     assert file.read_text() == "mine"
     assert sparsekit("bench", "kernels", "--json", file, "--force")[0] == 0
     assert json.loads(file.read_text())["rows"]
+
+
+def test_codecs_of_a_file(sparsekit: Command, tmp_path: Path) -> None:
+    state = tmp_path / "state.pt"
+    torch.save({"w": torch.ones(30, 30).tril(), "steps": torch.tensor(3)}, state)
+    code, out, _ = sparsekit("bench", "codec", "--quick", "--state", state)
+    assert code == 0
+    assert "48.3 %: bits" in out
+    assert "packbits + values" in out
+
+
+def test_a_state_without_weights_is_refused(sparsekit: Command, tmp_path: Path) -> None:
+    state = tmp_path / "state.pt"
+    torch.save({"steps": torch.tensor(3)}, state)
+    code, _, err = sparsekit("bench", "codec", "--state", state)
+    assert code == 1
+    assert "float32" in err
+
+
+def test_a_layer_that_cannot_be_read_is_a_mistake_of_usage(sparsekit: Command) -> None:
+    code, _, err = sparsekit("bench", "kernels", "--layer", "3,4")
+    assert code == 2
+    assert "32,64,24x24x24" in err

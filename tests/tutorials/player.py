@@ -1,4 +1,6 @@
-"""Play a page of docs/tutorials: python player.py PAGE, in the folder where its reader would be.
+"""Play a page: python player.py PAGE [LANGUAGE], in the folder where its reader would be.
+
+With a language, only its blocks are played.
 
 Blocks are run in their order. ``python`` blocks share one interpreter, as in a session; ``bash``
 blocks run in a shell; a block with a name behind its language is a file of that name. A ``text``
@@ -74,8 +76,8 @@ def _block(found: re.Match[str], line: int) -> Block:
     return Block(line, found["language"], found["name"] or "", text, code, left_out)
 
 
-def play(page: str) -> int:
-    """Run a page in the current folder; return how many blocks ran or were compared.
+def play(page: str, language: str = "") -> int:
+    """Run a page, or its blocks of one language; return how many ran or were compared.
 
     Raises
     ------
@@ -85,7 +87,7 @@ def play(page: str) -> int:
     names: dict[str, Any] = {"__name__": "__main__"}
     printed, played = "", 0
     for block in blocks_of(page):
-        if block.left_out:
+        if block.left_out or language not in ("", block.language):
             continue
         played += 1
         if block.name:
@@ -136,4 +138,4 @@ def _compare(block: Block, printed: str) -> None:
 
 
 if __name__ == "__main__":
-    print(f"{play(Path(sys.argv[1]).read_text(encoding='utf-8'))} blocks")
+    print(f"{play(Path(sys.argv[1]).read_text(encoding='utf-8'), *sys.argv[2:])} blocks")

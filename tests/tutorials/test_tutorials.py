@@ -1,12 +1,18 @@
 """The pages of docs/tutorials, block by block, as their reader would run them."""
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.core import TyperGroup
+from typer.main import get_command
 
+from sparsekit.cli.main import app
 from tests.tutorials.player import PageError, blocks_of, play
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,9 +23,7 @@ def test_all_pages_are_found() -> None:
     assert [page.stem for page in PAGES] == ["benchmark", "federation", "kernels"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
-def test_a_page_runs_as_it_stands(page: Path, tmp_path: Path) -> None:
+def played(page: Path, folder: Path, *language: str) -> int:
     scripts = str(Path(sys.executable).parent)
     environment = {
         **{name: value for name, value in os.environ.items() if name != "COLUMNS"},
@@ -28,11 +32,36 @@ def test_a_page_runs_as_it_stands(page: Path, tmp_path: Path) -> None:
     }
     player = Path(__file__).with_name("player.py")
     done = subprocess.run(
-        [sys.executable, str(player), str(page)],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+        [sys.executable, str(player), str(page), *language],
+        cwd=folder, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert int(done.stdout.split()[-2]) >= 10
+    return int(done.stdout.split()[-2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+def test_a_page_runs_as_it_stands(page: Path, tmp_path: Path) -> None:
+    assert played(page, tmp_path) >= 10
+
+
+def test_the_code_of_the_readme_runs(tmp_path: Path) -> None:
+    assert played(ROOT / "README.md", tmp_path, "python") == 4
+
+
+def test_the_commands_of_the_pages_exist() -> None:
+    pages = [ROOT / "README.md", *PAGES, *(ROOT / "docs").glob("*.md")]
+    text = "\n".join(page.read_text(encoding="utf-8").replace("\\\n", " ") for page in pages)
+    blocks = re.findall(r"^```.*?^```", text, re.MULTILINE | re.DOTALL)
+    lines = re.findall(r"^(?:\$ )?sparsekit ([a-z][^#\n|&>]*)", "".join(blocks), re.MULTILINE)
+    assert len(lines) >= 20
+    for line in lines:
+        command: Any = get_command(app)
+        words = shlex.split(line)
+        while isinstance(command, TyperGroup):
+            command = command.commands[words.pop(0)]
+        # Raises what a reader would see: an option or argument that is not there.
+        command.make_context("sparsekit", words)
 
 
 def fenced(language: str, text: str, comment: str = "") -> str:
