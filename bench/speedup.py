@@ -131,8 +131,9 @@ def _marked(row: Row) -> str:
 def footnote(wanted: Plan) -> str:
     """What the table's numbers mean."""
     whole = "Whole step: beside torch's modules in eager mode. " if wanted.whole_steps else ""
+    threads = torch.get_num_threads()
     return (
         f"{whole}Layers: beside the faster of torch's "
         f"contiguous and channels-last convolution; ! is slower than {NEVER_SLOWER}x. Uniform "
-        f"random masks, batch 1, float32, {torch.get_num_threads()} threads."
+        f"random masks, batch 1, float32, {threads} thread{'s' * (threads > 1)}."
     )

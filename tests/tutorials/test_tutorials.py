@@ -64,6 +64,17 @@ def test_the_commands_of_the_pages_exist() -> None:
         command.make_context("sparsekit", words)
 
 
+def test_links_of_the_pages_lead_to_files() -> None:
+    pages = [ROOT / "README.md", *PAGES, *(ROOT / "docs").glob("*.md")]
+    missing = [
+        f"{page.name}: {target}"
+        for page in pages
+        for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text(encoding="utf-8"))
+        if not (page.parent / target).exists()
+    ]
+    assert missing == []
+
+
 def fenced(language: str, text: str, comment: str = "") -> str:
     return f"{comment}\n```{language}\n{text}\n```\n".lstrip("\n")
 
