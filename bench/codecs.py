@@ -7,6 +7,7 @@ bit for bit before anything is timed.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -156,9 +157,9 @@ def codec_plan(quick: bool, own: State | None = None) -> CodecPlan:
     if own is not None:
         n = sum(tensor.numel() for tensor in own.values())
         kept = sum(int(tensor.count_nonzero()) for tensor in own.values())
-        return CodecPlan({percent(1 - kept / n): lambda: own}, rounds, not quick)
+        return CodecPlan({percent(1 - kept / n): partial(dict, own)}, rounds, not quick)
     sparsities = QUICK_SPARSITIES if quick else SPARSITIES
-    states = {percent(s): (lambda s=s: random_state(s)) for s in sparsities}
+    states = {percent(s): partial(random_state, s) for s in sparsities}
     return CodecPlan(states, rounds, not quick)
 
 

@@ -69,7 +69,8 @@ def layer_of(text: str) -> Layer:
         It is written otherwise, or a number cannot be meant.
     """
     found = _LAYER.fullmatch(text.replace(" ", ""))
-    c_in, c_out, *grid, kernel = (int(n or 3) for n in found.groups()) if found else (0,) * 6
+    numbers = [int(n or 3) for n in found.groups()] if found else [0] * 6
+    c_in, c_out, *grid, kernel = numbers
     if not (c_in and c_out and all(grid) and kernel % 2):
         raise UsageError(
             "--layer: expected input channels, output channels, voxels and, if it is not 3, an "

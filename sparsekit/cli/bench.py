@@ -118,8 +118,8 @@ def _show(lines: Sequence[Sequence[str]], footnote: str) -> None:
 
 
 def _write(json_file: Path | None, rows: Sequence[Any]) -> None:
-    from sparsekit.bench import machine
-
     if json_file is not None:
+        from sparsekit.bench import machine
+
         found = {"machine": machine.describe(), "rows": rows}
         json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
