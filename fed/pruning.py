@@ -31,8 +31,8 @@ def check(config: "RunConfig") -> None:
     in_range("regrow", config.regrow, 0.0, 1.0, open_above=True)
     for name in ("regrow_every", "regrow_scans"):
         in_range(name, getattr(config, name), 1, None)
-    for name in ("prune_end", "regrow_end"):
-        in_range(name, getattr(config, name), 0, config.rounds)
+    in_range("prune_end", config.prune_end, 0, config.rounds)
+    in_range("regrow_end", config.regrow_end, 0, None)
     if not config.sparse:
         return
     if config.rounds <= config.prune_start:

@@ -159,11 +159,19 @@ def exchange(
     changed: dict[str, Tensor] = {}
     for name, mask in masks.items():
         proposals = ~before[name] & (weights[name] != 0)
-        count = min(exchanged(mask, share), int(proposals.count_nonzero()))
+        spare = int(mask.count_nonzero()) - _guarded(mask, min_per_filter)
+        count = min(exchanged(mask, share), int(proposals.count_nonzero()), spare)
         stay = _largest({name: weights[name]}, {name: mask}, count, min_per_filter)[name]
         size = {name: weights[name].abs()}
         changed[name] = stay | topk_mask(size, count, within={name: proposals})[name]
     return changed
+
+
+def _guarded(mask: Tensor, least: int) -> int:
+    """Return how many weights of a tensor the guard of its filters holds."""
+    if mask.ndim < 2:
+        return 0
+    return int(mask.flatten(1).sum(1).clamp(max=least).sum())
 
 
 def _largest(
