@@ -142,7 +142,7 @@ def play(cell: Cell, folder: Path, threads: int) -> dict[str, Any]:
 
 def _mean_density(result: dict[str, Any]) -> float:
     """Share of the prunable weights that rounds trained with, on average."""
-    trained = [1 - entry["sparsity_prunable"] for entry in result["history"][:-1]]
+    trained: list[float] = [1 - entry["sparsity_prunable"] for entry in result["history"][:-1]]
     return sum(trained) / len(trained)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from page_command import run
 
 from sparsekit.fed.compare import bootstrap_mean
@@ -91,27 +92,29 @@ def _row(key: tuple[Any, ...], runs: Sequence[Row], found: Sequence[Row]) -> Row
         "high": pooled.high,
         "by_seed": [float(one.mean()) for one in differences],
     }
-    for name, read in {
-        "payload": lambda one: _bytes(one, "payload"),
-        "transport": lambda one: _bytes(one, "transport"),
-        "counted": lambda one: one["flops"]["counted"],
-        "executed": lambda one: one["flops"]["executed"],
-        "seconds": lambda one: one["seconds"],
-    }.items():
+    for name in ("payload", "transport", "counted", "executed", "seconds"):
         row["difference"][f"{name}_times"] = [
-            read(other) / read(sparse) if read(sparse) else None for sparse, other in pairs
+            _cost(other, name) / _cost(sparse, name) if _cost(sparse, name) else None
+            for sparse, other in pairs
         ]
     return row
+
+
+def _cost(one: Row, name: str) -> float:
+    if name in ("payload", "transport"):
+        return _bytes(one, name)
+    return float(one["seconds"] if name == "seconds" else one["flops"][name])
 
 
 def _bytes(one: Row, level: str) -> int:
     return int(sum(one["bytes"][way][level] or 0 for way in ("down", "up")))
 
 
-def _paired(sparse: Row, dense: Row) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _paired(sparse: Row, dense: Row) -> npt.NDArray[np.float64]:
     if sparse["participants"] != dense["participants"]:
         raise SystemExit(f"{sparse['cell']} and its dense run held out different people")
-    return np.array(sparse["errors"]) - np.array(dense["errors"])
+    ours, theirs = (np.array(one["errors"], np.float64) for one in (sparse, dense))
+    return ours - theirs
 
 
 def is_equal(row: Row) -> bool | None:
@@ -229,7 +232,7 @@ def _met(holds: bool) -> str:
 
 
 def _settings(rows: Iterable[Row]) -> list[str]:
-    shown = {}
+    shown: dict[str, str] = {}
     for row in rows:
         text = ", ".join(
             f"{name} = {value}"

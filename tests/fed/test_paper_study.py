@@ -1,5 +1,6 @@
 """The grid of runs: what it holds, that it goes on when interrupted, and what its page says."""
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -94,6 +95,12 @@ def test_results_of_other_settings_are_refused(tmp_path: Path) -> None:
         is_done(tmp_path, cell, 2)
 
 
+def page_tool(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import the script that writes the page, which finds its neighbours beside itself."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+    return importlib.import_module("tools.paper_table")
+
+
 def result(cell: Cell, errors: list[float], times: float) -> dict[str, Any]:
     both = {"payload": int(8000 / times), "transport": int(9000 / times)}
     return {
@@ -139,9 +146,7 @@ def test_equal_needs_the_whole_interval_people_and_seeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shift: float, people: int, seeds: int,
     verdict: bool | None,
 ) -> None:  # fmt: skip
-    monkeypatch.syspath_prepend(str(TOOLS))
-    from tools import paper_table
-
+    paper_table = page_tool(monkeypatch)
     random = np.random.default_rng(0)
     (tmp_path / "results").mkdir()
     for cell in (one for one in grid(small=True) if one.seed < seeds):
@@ -166,9 +171,7 @@ def test_equal_needs_the_whole_interval_people_and_seeds(
 def test_runs_over_other_people_are_not_paired(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(str(TOOLS))
-    from tools import paper_table
-
+    paper_table = page_tool(monkeypatch)
     (tmp_path / "results").mkdir()
     for cell in grid(small=True)[:2]:
         kept = result(cell, [1.0, 2.0], 1.0)
