@@ -21,7 +21,7 @@ BENCH_FILES ?= ceilings topk block process conv step
 
 BANDWIDTH := build/bandwidth
 
-.PHONY: help install demo demo-seeds values trace fit-selector bench-cpu bench-codec soak fuzz bandwidth check-kernels check-kernels-full test test-engines check format clean
+.PHONY: help install demo demo-seeds paper paper-small values trace fit-selector bench-cpu bench-codec soak fuzz bandwidth check-kernels check-kernels-full test test-engines check format clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -49,6 +49,17 @@ demo-seeds: $(STAMP) ## the demo on three seeds (about 15 minutes); writes docs/
 	$(call demo_runs,build/demo-seeds/2,2)
 	$(BIN)/python tools/demo_table.py collect build/demo-seeds/0 build/demo-seeds/1 build/demo-seeds/2
 	$(BIN)/python tools/demo_table.py write
+
+# Both go on where they were interrupted; `make clean` removes what they have.
+paper: $(STAMP) ## sparsity x strategy x environment on three seeds (hours); writes docs/results/paper.*
+	$(BIN)/python tools/paper_study.py build/paper
+	$(BIN)/python tools/paper_table.py collect build/paper
+	$(BIN)/python tools/paper_table.py write
+
+paper-small: $(STAMP) ## dense and 95 % on three seeds (about 20 minutes); writes docs/results/paper.*
+	$(BIN)/python tools/paper_study.py build/paper-small --small
+	$(BIN)/python tools/paper_table.py collect build/paper-small
+	$(BIN)/python tools/paper_table.py write
 
 values: $(STAMP) ## a run for each --values on the demo's cohort (about 6 minutes); writes docs/results/values.*
 	rm -rf build/values

@@ -21,9 +21,17 @@ from sparsekit.codec import decode, decode_masks, encode, inspect
 from sparsekit.codec.core import STEPS, Level, Values
 from sparsekit.errors import CodecError, TemplateError, ValueRangeError
 from sparsekit.fed.config import RunConfig
-from sparsekit.fed.plan import TASK_EVALUATE, TASK_TRAIN, TrainPlan, build_model, plan_for
+from sparsekit.fed.plan import (
+    TASK_EVALUATE,
+    TASK_TRAIN,
+    TrainPlan,
+    build_model,
+    plan_for,
+    work_per_weight,
+)
+from sparsekit.fed.pruning import regrown_share, scheduled_sparsity
+from sparsekit.fed.regrow import exchange, exchanged
 from sparsekit.fed.seeds import derive_seed
-from sparsekit.schedule import PolynomialSchedule
 from sparsekit.types import Masks, Size3, State
 
 _PIECE = 1 << 20
@@ -79,7 +87,7 @@ class LargeUpdateError(CodecError):
 def initial_state(
     config: RunConfig, *, in_shape: Size3, mean_age: float, first_voxel: Size3 = (0, 0, 0)
 ) -> ServerState:
-    """Draw the first model from the run's seed."""
+    """Draw the first model from the run's seed, and prune it where the run starts sparse."""
     plan = plan_for(
         config,
         round_number=1,
@@ -94,32 +102,26 @@ def initial_state(
         torch.manual_seed(derive_seed(config.seed, "initial weights"))
         model = build_model(plan)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    masks = None
+    if config.sparse and config.initial_sparsity:
+        masks = purge_masks(
+            weights,
+            config.initial_sparsity,
+            paper=config.paper,
+            scope=config.scope,
+            min_per_filter=config.min_per_filter,
+            within=None,
+            work=_work(config.scope, config.width, in_shape),
+        )
+        prune.zero_outside(weights, masks)
     return ServerState(
         round=0,
         weights=weights,
-        masks=None,
+        masks=masks,
         mean_age=mean_age,
         first_voxel=first_voxel,
         in_shape=in_shape,
     )
-
-
-def scheduled_sparsity(config: RunConfig, round_number: int) -> float | None:
-    """Return the sparsity to prune to at the end of a round, None where nothing is pruned.
-
-    The first pruning comes one round after ``prune_start``, as in the released code.
-    """
-    if not config.sparse or round_number <= config.prune_start:
-        return None
-    schedule = PolynomialSchedule(
-        config.sparsity,
-        config.rounds,
-        start=config.prune_start,
-        every=config.prune_every,
-        exponent=config.exponent,
-    )
-    sparsity = schedule(round_number)
-    return sparsity if sparsity > 0 else None
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,7 @@ def encode_model(
 def local_masks(model_weights: State, plan: TrainPlan, within: Masks | None) -> dict[str, Tensor]:
     """Return the masks of a site's purge at ``plan.local_sparsity``."""
     assert plan.local_sparsity is not None
+    depth, height, width = plan.in_shape
     return purge_masks(
         model_weights,
         plan.local_sparsity,
@@ -205,7 +208,12 @@ def local_masks(model_weights: State, plan: TrainPlan, within: Masks | None) -> 
         scope=plan.scope,
         min_per_filter=plan.min_per_filter,
         within=within,
+        work=_work(plan.scope, plan.width, (depth, height, width)),
     )
+
+
+def _work(scope: str, width: float, in_shape: Size3) -> Mapping[str, float] | None:
+    return work_per_weight(width, in_shape) if scope == "flops" else None
 
 
 def purge_masks(
@@ -216,6 +224,7 @@ def purge_masks(
     scope: str,
     min_per_filter: int,
     within: Masks | None,
+    work: Mapping[str, float] | None,
 ) -> dict[str, Tensor]:
     """Choose the weights that survive a pruning to ``sparsity``, inside ``within``.
 
@@ -233,6 +242,7 @@ def purge_masks(
             scope=scope,
             within=within,
             min_per_filter=min_per_filter,
+            work=work,
         )
     )
 
@@ -261,8 +271,9 @@ def read_update(payload: bytes, *, plan: TrainPlan, sent: ServerState, n_train: 
         if not bool(torch.isfinite(tensor).all()):
             raise NonFiniteUpdateError(f"update: {name} holds NaN or infinity; reply dropped")
     for name, mask in (sent.masks or {}).items():
-        if bool((weights[name][~mask] != 0).any()):
-            raise TemplateError(f"update: {name} has weights where the model is pruned")
+        back = int((weights[name][~mask] != 0).count_nonzero())
+        if back > exchanged(mask, plan.regrow):
+            raise TemplateError(f"update: {name} has {back} weights where the model is pruned")
     if plan.local_sparsity is None:
         return Update(weights=weights, masks=None, n_train=n_train)
     kept = decode_masks(payload, base=sent.weights)
@@ -381,9 +392,18 @@ def aggregate(
                 scope=config.scope,
                 min_per_filter=config.min_per_filter,
                 within=masks,
+                work=_work(config.scope, config.width, state.in_shape),
             )
         if config.paper:
             masks = {n: m & (weights[n] != 0) for n, m in masks.items()}
+    regrow = regrown_share(config, number)
+    if regrow is not None and masks is not None and state.masks is not None:
+        before, least = state.masks, config.min_per_filter
+        masks = exchange(weights, masks, before, regrow, min_per_filter=least)
+        # What comes back starts at 0, as the site's optimizers will see it.
+        weights = {
+            n: torch.where(before[n], w, 0.0) if n in masks else w for n, w in weights.items()
+        }
     if masks is not None:
         weights = {
             name: torch.where(masks[name], value, 0.0) if name in masks else value

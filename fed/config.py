@@ -13,6 +13,9 @@ import torch
 
 from sparsekit.codec.core import Level, Values
 from sparsekit.errors import UsageError
+from sparsekit.fed import pruning
+from sparsekit.fed.checks import choice as _choice
+from sparsekit.fed.checks import in_range as _in_range
 from sparsekit.fed.engines.options import (
     FlareOptions,
     FlowerOptions,
@@ -23,7 +26,7 @@ from sparsekit.types import Size3
 
 STRATEGIES = ("centralized", "fedavg", "fedsparsify-global", "fedsparsify-local")
 ENGINES = ("processes", "inprocess", "flare", "flower")
-SCOPES = ("global", "layer", "erk")
+SCOPES = ("global", "layer", "erk", "flops")
 NORMALISATIONS = ("brain-zscore", "volume-zscore", "percentile")
 OPTIMIZERS = ("sgd", "adamw")
 LR_SCHEDULES = ("constant", "cosine")
@@ -70,9 +73,15 @@ class RunConfig:
         Mirror each training scan left-right with probability one half.
     shift : int
         Move each training scan by up to this many voxels along each axis, at random.
-    scope, exponent, prune_start, prune_every, min_per_filter
-        Of the pruning; see `sparsekit.prune.magnitude_masks` and
-        `sparsekit.schedule.PolynomialSchedule`.
+    scope, schedule, exponent, prune_start, prune_end, prune_every, min_per_filter
+        Of the pruning; see `sparsekit.prune.magnitude_masks` and `sparsekit.schedule`. The final
+        sparsity is there after round ``prune_end``, 0 for the last one.
+    initial_sparsity : float
+        Sparsity before the first round, chosen from the initial weights; 0 for a dense start.
+    regrow, regrow_every, regrow_end, regrow_scans
+        Every ``regrow_every`` rounds before ``regrow_end`` (0: three quarters of them) replace a
+        share of each layer's weights, which falls from ``regrow``, by pruned ones with large
+        gradients, found with ``regrow_scans`` scans per site (`sparsekit.fed.regrow`).
     paper : bool
         Prune as the released FedSparsify code does: biases too, ties kept, masks from the
         non-zero pattern.
@@ -131,9 +140,16 @@ class RunConfig:
     flips: bool = True
     shift: int = 0
     scope: str = "global"
+    schedule: str = "polynomial"
     exponent: float = 3.0
     prune_start: int = 1
+    prune_end: int = 0
     prune_every: int = 1
+    initial_sparsity: float = 0.0
+    regrow: float = 0.0
+    regrow_every: int = 10
+    regrow_end: int = 0
+    regrow_scans: int = 8
     min_per_filter: int = 1
     paper: bool = False
     resolution: int | None = None
@@ -206,11 +222,7 @@ class RunConfig:
             _in_range("mean_age", self.mean_age, 0.0, 150.0)
         if self.resolution not in (None, *GRIDS):
             raise UsageError(f"resolution: expected 2 or 4 (mm), got {self.resolution}")
-        if self.sparse and self.rounds <= self.prune_start:
-            raise UsageError(
-                f"rounds: expected more than prune_start = {self.prune_start}, got {self.rounds}: "
-                "the first pruning comes at the end of the round after it. Raise --rounds."
-            )
+        pruning.check(self)
 
     def _check_deployment(self) -> None:
         if not self.deployed:
@@ -279,31 +291,6 @@ PAPER_PRESET: dict[str, Any] = {
     "normalisation": "volume-zscore",
     "paper": True,
 }
-
-
-def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UsageError(f"{name}: expected one of {', '.join(allowed)}; got {value!r}")
-
-
-def _in_range(
-    name: str,
-    value: float,
-    low: float,
-    high: float | None,
-    *,
-    open_below: bool = False,
-    open_above: bool = False,
-) -> None:
-    # An integer is always finite, and may be too large for isfinite.
-    finite = isinstance(value, int) or math.isfinite(value)
-    fine = finite and (value > low if open_below else value >= low)
-    if fine and high is not None:
-        fine = value < high if open_above else value <= high
-    if not fine:
-        left, right = "(" if open_below else "[", ")" if open_above or high is None else "]"
-        bound = "infinity" if high is None else high
-        raise UsageError(f"{name}: expected a number in {left}{low}, {bound}{right}, got {value}")
 
 
 def make_config(*layers: Mapping[str, Any]) -> RunConfig:

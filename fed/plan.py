@@ -1,12 +1,17 @@
 """What the server asks of a site and what the site answers, as plain values that travel as JSON."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_type_hints
 
+import torch
+
+from sparsekit import flops
 from sparsekit.errors import FormatError
 from sparsekit.fed.config import RunConfig
+from sparsekit.fed.pruning import regrown_share
 from sparsekit.fed.seeds import derive_seed
 from sparsekit.models import BrainAgeCNN
 from sparsekit.types import Size3
@@ -23,7 +28,8 @@ class TrainPlan:
 
     The network sees ``in_shape`` voxels of each scan from ``first_voxel`` on. ``local_sparsity``
     is None where the site does not prune. ``masked`` says whether the payload's masks bind the
-    training.
+    training. ``regrow`` is the share of pruned weights that the site proposes to bring back, None
+    for no regrowth.
     """
 
     round: int
@@ -47,6 +53,8 @@ class TrainPlan:
     age_scale: float
     masked: bool
     local_sparsity: float | None
+    regrow: float | None
+    regrow_scans: int
     scope: str
     min_per_filter: int
     paper: bool
@@ -167,6 +175,8 @@ def plan_for(
         age_scale=config.age_scale,
         masked=masked,
         local_sparsity=local_sparsity,
+        regrow=regrown_share(config, round_number) if masked and task == TASK_TRAIN else None,
+        regrow_scans=config.regrow_scans,
         scope=config.scope,
         min_per_filter=config.min_per_filter,
         paper=config.paper,
@@ -180,6 +190,15 @@ def box_of(plan: TrainPlan) -> tuple[slice, slice, slice]:
     edges = zip(plan.first_voxel, plan.in_shape, strict=True)
     a, b, c = (slice(first, first + extent) for first, extent in edges)
     return a, b, c
+
+
+@functools.lru_cache(maxsize=8)
+def work_per_weight(width: float, in_shape: Size3) -> Mapping[str, int]:
+    """Count what one weight of each layer costs in a training step, for ``scope="flops"``."""
+    # Shapes are enough.
+    with torch.device("meta"):
+        model = BrainAgeCNN(in_shape=in_shape, width=width)
+    return flops.work_per_weight(model, (1, 1, *in_shape))
 
 
 def build_model(plan: TrainPlan) -> BrainAgeCNN:

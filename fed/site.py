@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ from sparsekit.fed import messages
 from sparsekit.fed.algorithm import encode_model, local_masks, maskable_names
 from sparsekit.fed.plan import TASK_TRAIN, Hello, Report, TrainPlan, build_model, from_control
 from sparsekit.fed.plan import to_control as as_control
+from sparsekit.fed.regrow import dense_gradients, gradient_flops, propose
 from sparsekit.fed.storage import write_atomically
 from sparsekit.fed.training import Scans, predict, train_locally
 
@@ -117,7 +119,7 @@ class Site:
             truth = held_out.ages.astype(np.float64)
             predicted = predict(trained, held_out, plan, device=self.device, cancelled=cancelled)
             self._store_predictions(plan.round - 1, predicted, truth)
-        report = {
+        report: dict[str, Any] = {
             "round": plan.round,
             "site": self.data.name,
             "n_train": len(self.data.train),
@@ -147,7 +149,20 @@ class Site:
                 "flops_counted": work.train_step * outcome.samples,
                 "flops_executed": work.executed_train_step * outcome.samples,
             }
-            payload = self._update(trained, plan, weights, masks)
+            gradients: dict[str, Tensor] | None = None
+            if plan.regrow is not None:
+                gradients, scans = dense_gradients(
+                    trained,
+                    self.data.train,
+                    plan,
+                    site=self.data.name,
+                    device=self.device,
+                    cancelled=cancelled,
+                )
+                counted, executed = gradient_flops(trained, plan)
+                report["flops_counted"] += counted * scans
+                report["flops_executed"] += executed * scans
+            payload = self._update(trained, plan, weights, masks, gradients)
         return messages.pack(as_control(from_control(Report, report)), payload)
 
     def _update(
@@ -156,6 +171,7 @@ class Site:
         plan: TrainPlan,
         received: dict[str, Tensor],
         masks: dict[str, Tensor] | None,
+        gradients: dict[str, Tensor] | None,
     ) -> bytes:
         updated = {name: p.detach().cpu() for name, p in model.named_parameters()}
         finite = all(bool(torch.isfinite(value).all()) for value in updated.values())
@@ -166,6 +182,9 @@ class Site:
                 name: torch.where(masks[name], value, 0.0) if name in masks else value
                 for name, value in updated.items()
             }
+        if gradients is not None and masks is not None and finite:
+            assert plan.regrow is not None
+            updated, masks = propose(updated, received, masks, gradients, plan.regrow)
         # The received model is a base that both ends hold.
         return encode_model(updated, plan, masks=masks, base=received)
 

@@ -20,7 +20,7 @@ from torch.func import functional_call
 from sparsekit import choosing
 from sparsekit.errors import ArgumentError
 from sparsekit.kernels import dispatch, implementations
-from sparsekit.masks import PRUNABLE_TYPES, check_mask, masks_of
+from sparsekit.masks import PRUNABLE_TYPES, check_mask, masks_of, prunable_parameters
 from sparsekit.nn import ConvBlock, MaskedConv3d, may_fuse
 from sparsekit.types import Masks, Shape
 
@@ -185,6 +185,39 @@ def count(
             paths = [_DENSE if name in dense_layers else _SPARSE] * len(uses)
         report[name] = _layer_flops(layer, uses, paths, alive, all_weights)
     return FlopReport(report)
+
+
+def work_per_weight(model: nn.Module, input_shape: Shape) -> dict[str, int]:
+    """Count the operations that one weight of each layer causes in a training step.
+
+    Parameters
+    ----------
+    model : Module
+        Called once with tensors that have shapes and no values.
+    input_shape : sequence of int
+        Shape of the one input, batch included.
+
+    Returns
+    -------
+    dict of int
+        By parameter name, as `sparsekit.prune.magnitude_masks` wants it for ``scope="flops"``:
+        forward pass and both gradients, over all uses of a weight; in a convolution with groups
+        the work that is done, not torch's count. Layers that are never called are absent.
+
+    Examples
+    --------
+    >>> work_per_weight(nn.Sequential(nn.Conv3d(1, 2, 3), nn.Conv3d(2, 1, 3)), (1, 1, 7, 7, 7))
+    {'0.weight': 500, '1.weight': 162}
+    """
+    layers = _prunable(model)
+    names = {id(parameter): name for name, parameter in prunable_parameters(model).items()}
+    work: dict[str, int] = {}
+    for name, uses in _trace(model, layers, input_shape).items():
+        weight = _weight(layers[name])
+        passes = 1 + weight.requires_grad
+        each = sum(2 * use.positions * (passes + use.needs_input_grad) for use in uses)
+        work[names[id(weight)]] = work.get(names[id(weight)], 0) + each
+    return work
 
 
 def _layer_flops(

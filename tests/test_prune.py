@@ -39,7 +39,7 @@ def count(masks: dict[str, Tensor]) -> int:
 
 @pytest.mark.filterwarnings("ignore::sparsekit.errors.EmptiedLayerWarning")
 @pytest.mark.parametrize("least", [0, 1, 2])
-@pytest.mark.parametrize("scope", ["global", "layer", "erk"])
+@pytest.mark.parametrize("scope", ["global", "layer", "erk", "flops"])
 @pytest.mark.parametrize("s", SPARSITIES)
 def test_counts_are_exact_inside_and_outside_of_a_mask(s: float, scope: str, least: int) -> None:
     tensors = random_tensors()
@@ -47,8 +47,11 @@ def test_counts_are_exact_inside_and_outside_of_a_mask(s: float, scope: str, lea
     total = sum(sizes.values())
     random = torch.Generator().manual_seed(2)
     outer = {name: torch.rand(t.shape, generator=random) < 0.3 for name, t in tensors.items()}
+    work = {"a": 9.0, "b": 1, "c": 2.5, "d": 40} if scope == "flops" else None
     for within in (None, outer):
-        masks = prune.magnitude_masks(tensors, s, scope=scope, within=within, min_per_filter=least)
+        masks = prune.magnitude_masks(
+            tensors, s, scope=scope, within=within, min_per_filter=least, work=work
+        )
         alive = {n: sizes[n] if within is None else int(within[n].sum()) for n in sizes}
         if scope == "layer":
             for name, mask in masks.items():
@@ -289,9 +292,9 @@ BAD_CALLS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: prune.magnitude_masks(random_tensors(), -0.1), ArgumentError, "sparsity: expected"),
     (lambda: prune.magnitude_masks(random_tensors(), math.nan), ArgumentError, "got nan"),
     (
-        lambda: prune.magnitude_masks(random_tensors(), 0.5, scope="flops"),
+        lambda: prune.magnitude_masks(random_tensors(), 0.5, scope="speed"),
         ArgumentError,
-        "scope: 'flops' is not in this release; choose one of 'global', 'layer', 'erk'",
+        "scope: expected one of 'global', 'layer', 'erk', 'flops', got 'speed'",
     ),
     (
         lambda: prune.magnitude_masks(random_tensors(), 0.5, granularity="row"),

@@ -155,16 +155,16 @@ def test_groups_of_one_weight_are_weights(granularity: str, scope: str, least: i
 
 
 @quiet
-@pytest.mark.parametrize("scope", ["layer", "erk"])
+@pytest.mark.parametrize("scope", ["layer", "erk", "flops"])
 @pytest.mark.parametrize(("granularity", "v", "w"), FORMS)
 def test_other_scopes_fill_each_tensor_by_itself(
     granularity: str, v: int, w: int, scope: str
 ) -> None:
     tensors = {name: t for name, t in random_tensors().items() if t.ndim > 1}
-    masks = prune.magnitude_masks(
-        tensors, 0.6, scope=scope, granularity=granularity, min_per_filter=0
-    )
-    exact = prune.magnitude_masks(tensors, 0.6, scope=scope, min_per_filter=0)
+    work = dict(zip(tensors, (3, 1, 10, 2, 7, 5), strict=False)) if scope == "flops" else None
+    options: dict[str, Any] = {"scope": scope, "min_per_filter": 0, "work": work}
+    masks = prune.magnitude_masks(tensors, 0.6, granularity=granularity, **options)
+    exact = prune.magnitude_masks(tensors, 0.6, **options)
     for name, tensor in tensors.items():
         keep = int(exact[name].sum())
         expected = masks_by_loops({name: tensor}, keep, v, w, None)[name]

@@ -1,9 +1,17 @@
 import pickle
+from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 
 from sparsekit.errors import ArgumentError, ArgumentTypeError, ScheduleWarning
-from sparsekit.schedule import PolynomialSchedule
+from sparsekit.schedule import (
+    ExponentialSchedule,
+    OneShotSchedule,
+    PolynomialSchedule,
+    Schedule,
+    mean_density,
+)
 
 
 @pytest.mark.parametrize(
@@ -79,3 +87,82 @@ def test_bad_types_are_refused() -> None:
         PolynomialSchedule(0.5, rounds=4.0)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="t: expected a round >= 0, got -1"):
         PolynomialSchedule(0.5, rounds=4)(-1)
+
+
+def test_exponential_values_to_1e_12() -> None:
+    # 1 - 0.05 ** ((t - 1) / 39), worked out in 50 digits.
+    schedule = ExponentialSchedule(0.95, rounds=40)
+    expected = {
+        1: 0.000000000000000,
+        2: 0.073937588926687,
+        10: 0.499086993331523,
+        20: 0.767638124126742,
+        39: 0.946007958640660,
+    }
+    assert {t: schedule(t) for t in expected} == pytest.approx(expected, abs=1e-12)
+    assert schedule(40) == schedule(41) == 0.95
+
+
+def test_exponential_equals_the_formula_with_every_argument_set() -> None:
+    schedule = ExponentialSchedule(0.9, rounds=30, start=4, every=3, initial=0.2)
+    for t in range(31):
+        step = 3 * (t // 3)
+        expected = 0.0 if step < 4 else 1 - 0.8 * (0.1 / 0.8) ** ((step - 4) / 26)
+        assert schedule(t) == pytest.approx(expected, abs=1e-15)
+    # Each pruning takes the same share of what is left.
+    left = [1 - ExponentialSchedule(0.9, 6, initial=0.5)(t) for t in range(1, 7)]
+    shares = [after / before for before, after in pairwise(left)]
+    assert shares == pytest.approx([shares[0]] * 5, abs=1e-12)
+
+
+def test_one_shot_prunes_once() -> None:
+    assert [OneShotSchedule(0.9, at=2)(t) for t in range(5)] == [0.0, 0.0, 0.9, 0.9, 0.9]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        # Sum over t = 1..39 of 1 - s(t) with cubes: 0.05 * 39 + 0.95 / 39**3 * sum of k**3.
+        (
+            PolynomialSchedule(0.95, rounds=40),
+            (1 + 0.05 * 39 + 0.95 * (38 * 39 / 2 + 39) ** 2 / 39**3) / 40,
+        ),
+        (OneShotSchedule(0.95, at=1), (1 + 39 * 0.05) / 40),
+        (OneShotSchedule(0.95, at=5), (5 + 35 * 0.05) / 40),
+        (lambda _: 0.95, 0.05),
+    ],
+)
+def test_mean_density_is_that_of_what_rounds_train(schedule: Schedule, expected: float) -> None:
+    assert mean_density(schedule, 40) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_ramp_that_ends_early_is_far_below_the_cubic() -> None:
+    cubic = mean_density(PolynomialSchedule(0.95, rounds=40), 40)
+    assert mean_density(PolynomialSchedule(0.95, rounds=8), 40) < 0.41 * cubic
+    assert mean_density(ExponentialSchedule(0.95, rounds=8), 40) < 0.42 * cubic
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda: ExponentialSchedule(1.0, rounds=4), ArgumentError, "final: .* below 1, got 1.0"),
+        (lambda: ExponentialSchedule(0.5, rounds=1), ArgumentError, "rounds: expected more than"),
+        (lambda: ExponentialSchedule(0.5, 4, initial=0.6), ArgumentError, "initial: expected"),
+        (lambda: ExponentialSchedule(0.5, 4)(-1), ArgumentError, "t: expected a round >= 0"),
+        (lambda: OneShotSchedule(1.1), ArgumentError, "final: expected"),
+        (lambda: OneShotSchedule(0.5, at=0), ArgumentError, "at: expected a round >= 1, got 0"),
+        (lambda: OneShotSchedule(0.5, at=1.0), ArgumentTypeError, "at: expected an int"),  # type: ignore[arg-type]
+        (lambda: OneShotSchedule(0.5)(-1), ArgumentError, "t: expected a round >= 0"),
+        (lambda: mean_density(OneShotSchedule(0.5), 0), ArgumentError, "rounds: expected at least"),
+    ],
+)
+def test_bad_values_of_the_others_are_refused(
+    make: Callable[[], object], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        make()
+
+
+def test_an_exponential_that_falls_short_warns() -> None:
+    with pytest.warns(ScheduleWarning, match="every = 3 does not divide rounds = 10"):
+        ExponentialSchedule(0.9, rounds=10, every=3)

@@ -40,7 +40,21 @@ def run_command(
     batch: Annotated[int | None, typer.Option(help="Scans per optimizer step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     width: Annotated[float | None, typer.Option(help="Of the network; 1 is the paper's.")] = None,
-    scope: Annotated[str | None, typer.Option(help="Pruning scope: global | layer | erk")] = None,
+    scope: Annotated[
+        str | None, typer.Option(help="Pruning scope: global | layer | erk | flops")
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="Of the sparsity: polynomial | exponential | one-shot")
+    ] = None,
+    prune_end: Annotated[
+        int | None, typer.Option(help="Round that reaches the final sparsity; 0 for the last.")
+    ] = None,
+    initial_sparsity: Annotated[
+        float | None, typer.Option(help="Prune the untrained network to this; 0 for a dense start.")
+    ] = None,
+    regrow: Annotated[
+        float | None, typer.Option(help="Share of the weights that regrowth replaces; 0 for none.")
+    ] = None,
     resolution: Annotated[int | None, typer.Option(help="Grid to train on: 2 or 4 mm.")] = None,
     normalisation: Annotated[
         str | None, typer.Option(help="brain-zscore | volume-zscore | percentile")
@@ -101,6 +115,10 @@ def run_command(
         "lr": lr,
         "width": width,
         "scope": scope,
+        "schedule": schedule,
+        "prune_end": prune_end,
+        "initial_sparsity": initial_sparsity,
+        "regrow": regrow,
         "resolution": resolution,
         "normalisation": normalisation,
         "on_problem": on_problem,

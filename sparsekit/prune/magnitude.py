@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from sparsekit.errors import ArgumentError, EmptiedLayerWarning
 from sparsekit.masks import check_mask, prunable_parameters
 from sparsekit.ops import topk_mask
+from sparsekit.prune.counts import check_work, erk_counts, flops_counts
 from sparsekit.prune.grouped import guarded
 from sparsekit.prune.groups import N_OF_M, Form, groups_of, parse, two_of_four
 from sparsekit.types import Masks, State
 
-SCOPES = ("global", "layer", "erk")
+SCOPES = ("global", "layer", "erk", "flops")
 
 
 def magnitude_masks(
@@ -25,6 +26,7 @@ def magnitude_masks(
     granularity: str = "weight",
     within: Masks | None = None,
     min_per_filter: int = 1,
+    work: Mapping[str, float] | None = None,
 ) -> dict[str, Tensor]:
     """Masks that keep the weights of largest magnitude, with exact counts.
 
@@ -38,11 +40,12 @@ def magnitude_masks(
         (`prunable_parameters`); of a mapping every tensor is pruned.
     sparsity : float
         Share of entries to prune, from 0 to 1.
-    scope : {"global", "layer", "erk"}
+    scope : {"global", "layer", "erk", "flops"}
         Compare magnitudes over all tensors together; or prune each tensor to `sparsity`; or give
         each tensor a density in proportion to the sum of its sizes over their product
         (Erdos-Renyi-Kernel, Evci et al., arXiv 1911.11134), dense tensors passing their surplus
-        on, with the same exact total.
+        on, with the same exact total; or, with that total too, weigh what each weight adds to its
+        tensor's energy against the work that it causes (`sparsekit.prune.counts.flops_counts`).
     granularity : {"weight", "vector:V", "block:VxW", "filter", "2:4"}
         What is kept or pruned as one: a weight; the weights of V output channels (axis 0) at one
         input channel (axis 1) and tap, or of V by W at one tap, counted from channel 0, fewer at
@@ -56,6 +59,9 @@ def magnitude_masks(
         Keep at least this many weights in each slice along axis 0 of tensors with 2 or more axes,
         as far as `within` has them; the smallest weights elsewhere give way, so that the total
         stays exact. With "filter", each such tensor keeps one slice. 0 turns the guard off.
+    work : mapping of float, optional
+        For ``scope="flops"``: operations that one weight of each tensor causes, in any unit;
+        `sparsekit.flops.work_per_weight` counts them.
 
     Returns
     -------
@@ -82,9 +88,7 @@ def magnitude_masks(
             [ True, False]])
     """
     if scope not in SCOPES:
-        raise ArgumentError(
-            f"scope: {scope!r} is not in this release; choose one of {', '.join(map(repr, SCOPES))}"
-        )
+        raise ArgumentError(f"scope: expected one of {', '.join(map(repr, SCOPES))}, got {scope!r}")
     form = parse(granularity)
     if not 0.0 <= sparsity <= 1.0:
         raise ArgumentError(f"sparsity: expected a number from 0 to 1, got {sparsity}")
@@ -93,6 +97,10 @@ def magnitude_masks(
     if min_per_filter < 0:
         raise ArgumentError(f"min_per_filter: expected a count >= 0, got {min_per_filter}")
     tensors = _tensors_of(model_or_tensors)
+    if scope == "flops":
+        check_work(tensors, work)
+    elif work is not None:
+        raise ArgumentError(f"work: only for scope='flops', and scope is {scope!r}; leave it out")
     if within is None:
         alive = {name: t.numel() for name, t in tensors.items()}
     else:
@@ -117,8 +125,11 @@ def magnitude_masks(
                 name: min(t.numel() - int(sparsity * t.numel()), alive[name])
                 for name, t in tensors.items()
             }
+        elif scope == "erk":
+            counts = erk_counts(tensors, keep, alive)
         else:
-            counts = _erk_counts(tensors, keep, alive)
+            assert work is not None
+            counts = flops_counts(tensors, keep, within, work)
         masks = {}
         for name, tensor in tensors.items():
             inside = None if within is None else {name: within[name]}
@@ -136,35 +147,6 @@ def _tensors_of(model_or_tensors: nn.Module | State) -> dict[str, Tensor]:
             )
         return tensors
     return dict(model_or_tensors)
-
-
-def _erk_counts(tensors: State, keep: int, alive: Mapping[str, int]) -> dict[str, int]:
-    """Split `keep` in proportion to the sum of each tensor's sizes, at most `alive` each.
-
-    Density is sum(shape) / prod(shape) up to a factor, so the count is sum(shape) up to it. All
-    in integers, so that every machine gets the same split.
-    """
-    # A 0-d tensor has one entry and an empty sum.
-    shares = {name: max(1, sum(t.shape)) if t.numel() else 0 for name, t in tensors.items()}
-    counts = dict.fromkeys(tensors, 0)
-    open_names = [name for name in tensors if alive[name]]
-    left = keep
-    while True:
-        whole = sum(shares[name] for name in open_names)
-        full = [name for name in open_names if left * shares[name] >= alive[name] * whole]
-        if not full:
-            break
-        for name in full:
-            counts[name] = alive[name]
-            left -= alive[name]
-        open_names = [name for name in open_names if name not in full]
-    for name in open_names:
-        counts[name] = left * shares[name] // whole
-    spare = left - sum(counts[name] for name in open_names)
-    by_remainder = sorted(open_names, key=lambda name: -(left * shares[name] % whole))
-    for name in by_remainder[:spare]:
-        counts[name] += 1
-    return counts
 
 
 def _selected(
