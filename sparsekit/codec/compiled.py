@@ -5,7 +5,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from sparsekit.codec import flags, frames
+from sparsekit.codec import flags, frames, rice
 from sparsekit.codec.codes import RiceCode, SplitCode
 from sparsekit.codec.elements import Bits, Elements
 from sparsekit.codec.flags import Bytes, Flags
@@ -42,10 +42,10 @@ def takes(record: Record) -> bool:
     )
 
 
-def pack_rice(keep: Flags, code: RiceCode) -> memoryview | None:
-    """Section of a mask; None where the kernels do not pay off."""
+def pack_rice(keep: Flags, code: RiceCode) -> memoryview:
+    """Section of a mask with at least one coded position."""
     if not (flags.kernels_pay_off(keep.n) and keep.n < _MOST_ELEMENTS):
-        return None
+        return rice.pack(keep.bools, code)
     coded = code.coded(keep.n, keep.count)
     section: Bytes = _rice().pack(keep.packed, keep.n, coded, code.r, code.complement)
     return section.data

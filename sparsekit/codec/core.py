@@ -9,9 +9,10 @@ from typing import Literal, TypeAlias
 import numpy as np
 import xxhash
 
-from sparsekit.codec import delta, related, sections
+from sparsekit.codec import related, sections
 from sparsekit.codec.elements import Elements, canonical, unsigned
 from sparsekit.codec.flags import Flags
+from sparsekit.codec.kept import Kept
 from sparsekit.codec.positions import CHUNK
 from sparsekit.codec.records import (
     MaskCode,
@@ -27,6 +28,7 @@ from sparsekit.codec.wire import (
     MAX_HEADER_BYTES,
     MAX_RECORDS,
     NO_BASE,
+    Buffer,
     pack_header,
     padded,
     quote,
@@ -102,7 +104,7 @@ class Encoder:
         """
         forced = given is not None if self._masked else len(source.shape) >= 2
         encoding: MaskEncoding = self._mask_encoding if forced else "auto"
-        record, *sections = _encode_one(
+        record, mask, values = _encode_one(
             name, source, given, None if self._base is None else self._base.get(name),
             encoding, self._level, self._values,
         )  # fmt: skip
@@ -110,8 +112,8 @@ class Encoder:
         if len(self._records) > MAX_RECORDS:
             raise ArgumentError(f"state: expected at most {MAX_RECORDS} tensors")
         chunks: list[bytes | memoryview] = []
-        for section in sections:
-            chunks += [section, bytes(padded(len(section)) - len(section))]
+        for pieces, size in (([mask], record.mask_len), (values, record.value_len)):
+            chunks += [*pieces, bytes(padded(size) - size)]
         return chunks
 
     def header(self, round: int) -> bytes:
@@ -141,7 +143,7 @@ def _encode_one(
     encoding: MaskEncoding,
     level: Level,
     values: Values,
-) -> tuple[Record, memoryview, memoryview]:
+) -> tuple[Record, memoryview, list[Buffer]]:
     dtype, shape, n = source.dtype, source.shape, source.n
     if any(extent > MAX_EXTENT for extent in shape):
         raise ArgumentError(f"state: {quote(name)} has an extent above {MAX_EXTENT}")
@@ -160,11 +162,10 @@ def _encode_one(
     relation = None
     if base is not None and 0 < k < n:
         partly = level != "fast" or encoding in BASED
-        relation = related.relate(keep.bools, k, base, partly=partly)
+        relation = related.relate(keep, base, partly=partly)
     code = _choose(name, source, k, given is not None, relation, encoding, level)
     if code is MaskCode.DENSE and k != n:
         k, keep = n, Flags(n, bools=np.ones(n, np.bool_))
-    kept_bits = source.whole() if code is MaskCode.DENSE else source.kept(keep)
     if code in _RELATED:
         assert relation is not None
         mask_parameters, mask = related.pack(code, relation)
@@ -174,29 +175,26 @@ def _encode_one(
         frame = sections.pack_frame(keep)
         if frame is not None and len(frame) < len(mask_parameters) + len(mask):
             code, mask_parameters, mask = MaskCode.BITMAP_ZSTD, b"", frame
+    kept_bits = source.whole() if code is MaskCode.DENSE else source.kept(keep)
+    if given is not None or k == n:
+        kept_bits = canonical(kept_bits, dtype)
+    if base is not None and (
+        base.dtype.name != "float32" or (level == "fast" and values not in STEPS)
+    ):
+        base = None
     try:
-        value_code, value_parameters, value_section = sections.pack_values(
-            canonical(kept_bits, dtype) if given is not None or k == n else kept_bits,
-            dtype, level != "fast", _KINDS[values],
-            _held(base, keep, level, values),
-        )  # fmt: skip
+        value_code, value_parameters, pieces = sections.pack_values(
+            Kept(kept_bits, keep, base), dtype, level != "fast", _KINDS[values]
+        )
     except OverflowError:
         raise ValueRangeError(
             f"values: {quote(name)} holds numbers beyond the range of {values!r}; use 'lossless'"
         ) from None
     record = Record(
-        name, dtype, shape, code, value_code, k, len(mask), len(value_section),
-        section_checksum(mask, value_section), mask_parameters + value_parameters,
+        name, dtype, shape, code, value_code, k, len(mask), sum(map(len, pieces)),
+        section_checksum(mask, *pieces), mask_parameters + value_parameters,
     )  # fmt: skip
-    return record, mask, value_section
-
-
-def _held(base: Elements | None, keep: Flags, level: Level, values: Values) -> sections.Held | None:
-    """What the base holds where an element is kept, if that can be of use."""
-    if base is None or base.dtype.name != "float32" or (level == "fast" and values not in STEPS):
-        return None
-    held = base.bits if keep.count == keep.n else keep.compact(base.bits)
-    return sections.Held(canonical(held, base.dtype), delta.block_counts(keep.bools))
+    return record, mask, pieces
 
 
 def _choose(

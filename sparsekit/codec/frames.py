@@ -10,6 +10,7 @@ import zstandard
 from sparsekit.errors import FormatError
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
+Counts: TypeAlias = npt.NDArray[np.int64]
 
 _LEVEL = 1
 # Planes of noise hold no sequences: a table this small is passed in half the time, and what it
@@ -38,14 +39,19 @@ def compress(plain: Bytes, *, repeats: bool = False) -> bytes:
     return frame if len(frame) < plain.size else plain.tobytes()
 
 
-def expected_bits(plane: Bytes) -> int:
+def byte_counts(plane: Bytes) -> Counts:
+    """How often each of the 256 bytes occurs."""
+    return np.bincount(plane, minlength=256)
+
+
+def expected_bits(counts: Counts) -> int:
     """Size of a plane by the counts of its bytes, in whole numbers: the same on every machine."""
-    counts = np.bincount(plane, minlength=256)
+    size = int(counts.sum())
     counts = counts[counts > 0]
-    fraction, exponent = np.frexp(np.append(counts, plane.size).astype(np.float64))
+    fraction, exponent = np.frexp(np.append(counts, size).astype(np.float64))
     logs = (exponent.astype(np.int64) << 16) + _LOG2[((2 * fraction - 1) * 256).astype(np.intp)]
     coded = int((counts * (logs[-1] - logs[:-1])).sum()) >> 16
-    return min(coded + _TABLE_BITS, 8 * plane.size)
+    return min(coded + _TABLE_BITS, 8 * size)
 
 
 def reader(section: memoryview, size: int) -> Callable[[int, bool], Bytes]:

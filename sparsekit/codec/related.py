@@ -1,16 +1,17 @@
 """Masks that keep some of the base's non-zero elements, and nothing else."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sparsekit.codec import predicted, rice
+from sparsekit.codec import compiled, predicted, rice
 from sparsekit.codec.based_codes import SubsetCode
 from sparsekit.codec.codes import choose_rice
-from sparsekit.codec.elements import Elements, magnitudes, nonzero
+from sparsekit.codec.elements import Bits, Elements, magnitudes
+from sparsekit.codec.flags import Flags
 from sparsekit.codec.pattern import pattern_positions
-from sparsekit.codec.positions import CHUNK, Bools, Positions, flat_positions, taking
+from sparsekit.codec.positions import CHUNK, Bools, Positions, positions_in, taking
 from sparsekit.codec.records import MaskCode
 from sparsekit.errors import FormatError
 
@@ -24,30 +25,39 @@ class Relation:
 
     expected: dict[MaskCode, int]
     """Bytes of a section by the code that can hold the mask."""
-    kept: Bools | None = None
-    """Which of the base's non-zero elements the mask keeps; None if all."""
+    keep: Flags
+    base: Elements
+    pattern: Flags
+    """The base's non-zero elements."""
     prediction: predicted.Prediction | None = None
 
+    def members(self) -> Iterator[tuple[Bits, Bools]]:
+        """Magnitudes of the base's non-zero elements and whether the mask keeps them."""
+        for start in range(0, self.keep.n, CHUNK):
+            stop = min(start + CHUNK, self.keep.n)
+            places = positions_in(self.pattern.between(start, stop))
+            sizes = magnitudes(self.base.bits[start:stop].take(places), self.base.dtype)
+            yield sizes, self.keep.between(start, stop)[places]
 
-def relate(keep: Bools, k: int, base: Elements, *, partly: bool) -> Relation | None:
-    """Compare a flat mask that keeps `k` >= 1 elements with a base tensor of its shape.
+
+def relate(keep: Flags, base: Elements, *, partly: bool) -> Relation | None:
+    """Compare a flat mask that keeps at least one element with a base tensor of its shape.
 
     None if it keeps something else than non-zero elements of the base, or, unless `partly`, not
     all of them.
     """
-    pattern = nonzero(base.bits, base.dtype)
-    held = int(np.count_nonzero(pattern))
-    if not (k == held or (partly and k < held)) or np.count_nonzero(keep & pattern) != k:
+    pattern = Flags.of_nonzero(base.bits, base.dtype)
+    k, held = keep.count, pattern.count
+    if not (k == held or (partly and k < held)) or keep.outside(pattern):
         return None
     if k == held:
-        return Relation({MaskCode.SAME: 0})
-    places = flat_positions(pattern)
-    kept = keep[places]
+        return Relation({MaskCode.SAME: 0}, keep, base, pattern)
     expected = {MaskCode.SUBSET: choose_rice(held, k)[1]}
-    prediction = predicted.predict(magnitudes(base.bits[places], base.dtype), base.dtype, kept)
+    relation = Relation(expected, keep, base, pattern)
+    prediction = predicted.predict(relation.members, base.dtype, held, k)
     if prediction is not None:
         expected[MaskCode.PREDICTED] = prediction.expected_bytes
-    return Relation(expected, kept, prediction)
+    return replace(relation, prediction=prediction)
 
 
 def pack(code: MaskCode, relation: Relation) -> tuple[bytes, memoryview]:
@@ -56,11 +66,16 @@ def pack(code: MaskCode, relation: Relation) -> tuple[bytes, memoryview]:
         return b"", memoryview(b"")
     if code is MaskCode.PREDICTED:
         assert relation.prediction is not None
-        return relation.prediction.code.parameters, predicted.pack(relation.prediction)
-    assert relation.kept is not None
-    held = relation.kept.size
-    gaps, _ = choose_rice(held, int(np.count_nonzero(relation.kept)))
-    return SubsetCode(gaps, held).parameters, rice.pack(relation.kept, gaps)
+        section = predicted.pack(relation.prediction, relation.members, relation.base.dtype)
+        return relation.prediction.code.parameters, section
+    held = relation.pattern.count
+    gaps, _ = choose_rice(held, relation.keep.count)
+    kept = np.empty(held, np.bool_)
+    done = 0
+    for _, some in relation.members():
+        kept[done : done + some.size] = some
+        done += some.size
+    return SubsetCode(gaps, held).parameters, compiled.pack_rice(Flags(held, bools=kept), gaps)
 
 
 def subset_positions(

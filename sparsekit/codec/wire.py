@@ -125,8 +125,8 @@ def as_bytes_view(payload: Buffer | mmap.mmap) -> memoryview:
     return view.cast("B") if view.c_contiguous else memoryview(view.tobytes())
 
 
-def section_checksum(*sections: bytes | memoryview) -> int:
-    """xxh3_64 over the mask section followed by the value section, without padding."""
+def section_checksum(*sections: Buffer) -> int:
+    """xxh3_64 over the mask section followed by the value section, in pieces without padding."""
     hasher = xxhash.xxh3_64()
     for section in sections:
         hasher.update(section)
