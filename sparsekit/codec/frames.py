@@ -22,6 +22,9 @@ _WINDOW_LOG = 17
 _LOG2 = np.round(np.log2(1 + np.arange(256) / 256) * 2**16).astype(np.int64)
 # What a frame takes beside its codes, about.
 _TABLE_BITS = 400
+# Blocks of fewer bytes on average are refused: each takes time, and may hold nothing at all.
+_FREE_BLOCKS = 16
+_LEAST_BLOCK = 1024
 # Type of a block that stores one byte for many.
 _REPEATED = 1
 
@@ -105,8 +108,11 @@ def _stream(section: memoryview, size: int) -> zstandard.ZstdDecompressionReader
     if frame.window_size > 1 << _WINDOW_LOG:
         raise FormatError("a frame asks for too much memory")
     # zstandard says neither where a frame ends nor that something follows it.
-    last = False
+    last, blocks = False, _FREE_BLOCKS + size // _LEAST_BLOCK
     while not last:
+        blocks -= 1
+        if blocks < 0:
+            raise FormatError(f"a frame has too many blocks for {size} bytes")
         if at + 3 > len(section):
             raise FormatError("a frame has no end")
         block = int.from_bytes(section[at : at + 3], "little")

@@ -48,6 +48,7 @@ from sparsekit.codec.records import (
 )
 from sparsekit.errors import (
     ArgumentTypeError,
+    BudgetError,
     ChecksumError,
     FormatError,
     TruncatedError,
@@ -74,6 +75,10 @@ CRITICAL_FLAGS = 0x00FF
 
 _MASK_CODES = frozenset(map(int, MaskCode))
 _VALUE_CODES = frozenset(map(int, ValueCode))
+
+# Of a record and of what is made of it, measured; and what no budget counts: some 450 records.
+_RECORD_MEMORY = 1024
+_FREE_MEMORY = 640 * 2**10
 
 PREFIX = struct.Struct("<8sBBHIIIQQ16sQ")
 RECORD = struct.Struct("<HHBBBBQQQQ")
@@ -160,13 +165,21 @@ def _pack_record(record: Record) -> bytes:
     return fixed + struct.pack(f"<{len(record.shape)}I", *record.shape) + record.parameters + name
 
 
-def parse(payload: memoryview) -> Header:
+def described_bytes(n_records: int, header_len: int) -> int:
+    """Memory that a header of so many records and bytes takes at most, apart from a free share."""
+    # Objects of a record and its tensor; names as text of 4 bytes a character.
+    return max(0, _RECORD_MEMORY * n_records + 4 * header_len - _FREE_MEMORY)
+
+
+def parse(payload: memoryview, *, room: int | None = None) -> Header:
     """Check the whole header, the tiling, the padding and the checksums of a payload.
 
     Parameters
     ----------
     payload : memoryview, bytes
         The payload from its first to its last byte.
+    room : int, optional
+        Most bytes that its records may take once they are objects, as `described_bytes` counts.
 
     Returns
     -------
@@ -177,11 +190,16 @@ def parse(payload: memoryview) -> Header:
     Raises
     ------
     CodecError
-        `TruncatedError`, `VersionError`, `ChecksumError` or `FormatError`.
+        `TruncatedError`, `VersionError`, `ChecksumError`, `FormatError` or `BudgetError`.
     """
     (_, major, minor, _, header_len, n_records, _, file_len, round_, base_digest, _) = (
         _checked_prefix(payload)
     )
+    if room is not None and described_bytes(n_records, header_len) > room:
+        raise BudgetError(
+            f"payload: its {n_records} records in a header of {header_len} bytes take more memory "
+            "than is allowed; pass a larger max_bytes if the sender is to be trusted with it"
+        )
     records = _parse_records(payload[PREFIX.size : header_len], n_records)
     placed = _place(payload, records, header_len, file_len)
     uses_base = any(
