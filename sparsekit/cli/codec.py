@@ -18,7 +18,7 @@ from sparsekit import codec
 from sparsekit.cli.states import Shown, open_state, progress, safetensors
 from sparsekit.codec import PayloadInfo, RecordInfo
 from sparsekit.codec.interop import from_torch_prune
-from sparsekit.codec.wire import quote
+from sparsekit.codec.records import quote
 from sparsekit.errors import ArgumentError, UsageError
 
 app = typer.Typer(no_args_is_help=True, help="Inspect, write and read payloads of sparse states.")

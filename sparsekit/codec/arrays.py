@@ -1,5 +1,6 @@
 """Payloads as NumPy arrays: no torch is imported, on a machine that has none.
 
+from sparsekit.codec.records import quote
 from sparsekit.codec.arrays import decode_arrays
 """
 
@@ -14,7 +15,7 @@ from sparsekit.codec.elements import Elements
 from sparsekit.codec.half import widen
 from sparsekit.codec.positions import CHUNK
 from sparsekit.codec.records import BOOL, DTYPE_BY_NAME
-from sparsekit.codec.wire import as_bytes_view, described_bytes, parse, quote
+from sparsekit.codec.wire import as_bytes_view, described_bytes, parse
 from sparsekit.errors import ArgumentTypeError, BudgetError
 
 Array = npt.NDArray[Any]

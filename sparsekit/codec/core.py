@@ -13,6 +13,7 @@ from sparsekit.codec import related, sections
 from sparsekit.codec.elements import Elements, canonical, unsigned
 from sparsekit.codec.flags import Flags
 from sparsekit.codec.kept import Kept
+from sparsekit.codec.layouts import MAX_EXTENT
 from sparsekit.codec.positions import CHUNK
 from sparsekit.codec.records import (
     MaskCode,
@@ -20,18 +21,17 @@ from sparsekit.codec.records import (
     ValueCode,
     mask_bytes,
     parameter_bytes,
+    quote,
     value_bytes,
 )
 from sparsekit.codec.sources import Source
 from sparsekit.codec.wire import (
-    MAX_EXTENT,
     MAX_HEADER_BYTES,
     MAX_RECORDS,
     NO_BASE,
     Buffer,
     pack_header,
     padded,
-    quote,
     section_checksum,
 )
 from sparsekit.errors import (
@@ -92,6 +92,7 @@ class Encoder:
         self._level: Level = level
         self._values: Values = values
         self._records: list[Record] = []
+        self._sections = xxhash.xxh3_64()
 
     def add(self, name: str, source: Source, given: Flags | None) -> list[bytes | memoryview]:
         """Encode the next tensor under its mask, if it has one; return its padded sections.
@@ -112,6 +113,9 @@ class Encoder:
         if len(self._records) > MAX_RECORDS:
             raise ArgumentError(f"state: expected at most {MAX_RECORDS} tensors")
         chunks: list[bytes | memoryview] = []
+        if self._level == "small":
+            for piece in (mask, *values):
+                self._sections.update(piece)
         for pieces, size in (([mask], record.mask_len), (values, record.value_len)):
             chunks += [*pieces, bytes(padded(size) - size)]
         return chunks
@@ -126,7 +130,8 @@ class Encoder:
         """
         uses = any(record.mask_needs_base or record.values_need_base for record in self._records)
         digest = digest_elements(self._base) if self._base is not None and uses else NO_BASE
-        header = pack_header(self._records, round=round, base_digest=digest)
+        whole = self._sections.intdigest() if self._level == "small" else None
+        header = pack_header(self._records, round=round, base_digest=digest, sections=whole)
         if len(header) > MAX_HEADER_BYTES:
             raise ArgumentError(
                 f"state: its names and shapes need a header of {len(header)} bytes, "

@@ -11,8 +11,8 @@ from sparsekit.codec.core import digest_elements
 from sparsekit.codec.elements import Bits, Elements, unsigned
 from sparsekit.codec.pattern import pattern_positions
 from sparsekit.codec.positions import CHUNK, Bools, Positions
-from sparsekit.codec.records import BOOL, MaskCode, Record, ValueCode
-from sparsekit.codec.wire import NO_BASE, Header, Placed, quote
+from sparsekit.codec.records import BOOL, MaskCode, Record, ValueCode, quote
+from sparsekit.codec.wire import NO_BASE, Header, Placed
 from sparsekit.errors import BaseMismatchError, BudgetError, FormatError
 
 

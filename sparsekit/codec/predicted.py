@@ -12,7 +12,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from sparsekit.codec import compiled, rice
+from sparsekit.codec import compiled, rice, varints
 from sparsekit.codec.based_codes import CLASSES, PredictedCode
 from sparsekit.codec.codes import choose_rice
 from sparsekit.codec.elements import Bits, Elements, magnitudes
@@ -58,10 +58,10 @@ def predict(members: Members, dtype: DType, held: int, k: int) -> Prediction | N
         wrong += np.bincount(classes[kept != (sizes >= threshold)], minlength=CLASSES)
     expected = 0
     for total, count in zip(totals.tolist(), wrong.tolist(), strict=True):
-        expected += len(_varint(count))
+        expected += len(varints.pack(count))
         if 0 < count < total:
             size = choose_rice(total, count)[1]
-            expected += size + len(_varint(size))
+            expected += size + len(varints.pack(size))
     return Prediction(PredictedCode(held, threshold), totals, wrong, expected)
 
 
@@ -102,11 +102,11 @@ def pack(prediction: Prediction, members: Members, dtype: DType) -> memoryview:
     head: list[bytes] = []
     body: list[bytes | memoryview] = []
     for stream, total, count in zip(streams, totals, counts, strict=True):
-        head.append(_varint(count))
+        head.append(varints.pack(count))
         if 0 < count < total:
             code = choose_rice(total, count)[0]
             gaps = compiled.pack_rice(Flags(total, bools=stream), code)
-            head.append(_varint(len(gaps)))
+            head.append(varints.pack(len(gaps)))
             body.append(gaps)
     return memoryview(b"".join([*head, *body]))
 
@@ -162,12 +162,12 @@ def _read_streams(section: memoryview, totals: list[int]) -> list[_Take | None]:
     at = 0
     streams: list[tuple[int, int]] = []
     for total in totals:
-        count, at = _read_varint(section, at)
+        count, at = varints.read(section, at, "its mask section")
         length = 0
         if count > total:
             raise FormatError("a class has more exceptions than elements")
         if 0 < count < total:
-            length, at = _read_varint(section, at)
+            length, at = varints.read(section, at, "its mask section")
             least, most = choose_rice(total, count)[0].length_range(total, count)
             if not least <= length <= most:
                 raise FormatError(f"the exceptions of a class cannot take {length} bytes")
@@ -197,23 +197,3 @@ def _every() -> _Take:
         return np.arange(first, stop)
 
     return take
-
-
-def _varint(number: int) -> bytes:
-    groups = []
-    while number >= 0x80:
-        groups.append(number & 0x7F | 0x80)
-        number >>= 7
-    return bytes([*groups, number])
-
-
-def _read_varint(section: memoryview, at: int) -> tuple[int, int]:
-    """Number of 7 bits a byte, lowest first, and where the next one starts."""
-    number = 0
-    for index, byte in enumerate(section[at : at + 9]):
-        number |= (byte & 0x7F) << 7 * index
-        if byte < 0x80:
-            if index and not byte:
-                raise FormatError("a number of its mask section is longer than needed")
-            return number, at + index + 1
-    raise FormatError("a number of its mask section has no end")

@@ -188,6 +188,11 @@ class Record:
         return math.prod(self.shape)
 
 
+def quote(name: str) -> str:
+    """A name fit for an error message: escaped, and cut where a hostile one is endless."""
+    return repr(name) if len(name) <= 80 else repr(name[:80]) + "..."
+
+
 def csr_grid(shape: Sequence[int]) -> tuple[int, int]:
     """Rows and columns of the CSR view: dim 0 against the rest; a vector is one row."""
     if len(shape) < 2:

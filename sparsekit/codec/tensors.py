@@ -18,6 +18,7 @@ from sparsekit.codec.crossing import (
     source_of,
 )
 from sparsekit.codec.elements import Elements
+from sparsekit.codec.records import quote
 from sparsekit.codec.wire import (
     RECORD,
     Buffer,
@@ -26,7 +27,6 @@ from sparsekit.codec.wire import (
     as_bytes_view,
     described_bytes,
     parse,
-    quote,
 )
 from sparsekit.errors import (
     ArgumentError,
@@ -74,8 +74,8 @@ def encode(
         part of it few, and float32 values are stored as differences where that is shorter.
     level : {"fast", "balanced", "small"}
         Speed against bytes: "fast" stores bitmaps and raw values, "balanced" codes masks and
-        splits the values of floats, for some 20 % fewer bytes. "small" is "balanced" in this
-        release.
+        splits the values of floats, for some 20 % fewer bytes. "small" is "balanced" with short
+        headers: worth it where many tensors are small or little has changed.
     values : {"lossless", "bf16", "fp16", "int8", "int4"}
         Precision of float32 values. "bf16" and "fp16" round them to 16 bits, to the nearest.
         "int8" and "int4" round the differences to `base` (without one, the values) to 255 or 15
