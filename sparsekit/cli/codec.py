@@ -54,7 +54,9 @@ def encode_command(
     base: Base = None,
     mask_encoding: Annotated[
         str,
-        typer.Option(help="auto | dense | bitmap | rice | csr | same | subset | predicted"),
+        typer.Option(
+            help="auto | dense | bitmap | rice | csr | same | subset | predicted | ranked"
+        ),
     ] = "auto",
     values: Annotated[str, typer.Option(help="lossless | bf16 | fp16 | int8 | int4")] = "lossless",
     level: Annotated[str, typer.Option(help="fast | balanced | small")] = "balanced",

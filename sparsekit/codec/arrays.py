@@ -14,7 +14,7 @@ from sparsekit.codec import decoding
 from sparsekit.codec.elements import Elements
 from sparsekit.codec.half import widen
 from sparsekit.codec.positions import CHUNK
-from sparsekit.codec.records import BOOL, DTYPE_BY_NAME
+from sparsekit.codec.records import BOOL, DTYPE_BY_NAME, quote
 from sparsekit.codec.wire import as_bytes_view, described_bytes, parse
 from sparsekit.errors import ArgumentTypeError, BudgetError
 

@@ -16,6 +16,7 @@ from sparsekit.codec.kept import Kept
 from sparsekit.codec.layouts import MAX_EXTENT
 from sparsekit.codec.positions import CHUNK
 from sparsekit.codec.records import (
+    RELATED_MASKS,
     MaskCode,
     Record,
     ValueCode,
@@ -42,9 +43,9 @@ from sparsekit.errors import (
 Level: TypeAlias = Literal["fast", "balanced", "small"]
 Values: TypeAlias = Literal["lossless", "bf16", "fp16", "int8", "int4"]
 MaskEncoding: TypeAlias = Literal[
-    "auto", "dense", "bitmap", "rice", "csr", "same", "subset", "predicted"
+    "auto", "dense", "bitmap", "rice", "csr", "same", "subset", "predicted", "ranked"
 ]
-BASED = ("same", "subset", "predicted")
+BASED = ("same", "subset", "predicted", "ranked")
 """Mask encodings that need a base."""
 
 _KINDS: dict[Values, sections.Kind] = {
@@ -60,8 +61,8 @@ _FORCED = {
     "same": MaskCode.SAME,
     "subset": MaskCode.SUBSET,
     "predicted": MaskCode.PREDICTED,
+    "ranked": MaskCode.RANKED,
 }
-_RELATED = (MaskCode.SAME, MaskCode.SUBSET, MaskCode.PREDICTED)
 
 # Codes whose size follows from the counts, whatever stands beside what.
 _COUNTED = (MaskCode.BITMAP, MaskCode.RICE, MaskCode.CSR)
@@ -167,11 +168,11 @@ def _encode_one(
     relation = None
     if base is not None and 0 < k < n:
         partly = level != "fast" or encoding in BASED
-        relation = related.relate(keep, base, partly=partly)
+        relation = related.relate(keep, base, partly=partly, ranked=encoding == "ranked")
     code = _choose(name, source, k, given is not None, relation, encoding, level)
     if code is MaskCode.DENSE and k != n:
         k, keep = n, Flags(n, bools=np.ones(n, np.bool_))
-    if code in _RELATED:
+    if code in RELATED_MASKS:
         assert relation is not None
         mask_parameters, mask = related.pack(code, relation)
     else:
@@ -244,7 +245,7 @@ def _choose(
         return min(totals, key=lambda code: (totals[code], code))
     forced = _FORCED[encoding]
     if forced not in totals:
-        if forced in _RELATED:
+        if forced in RELATED_MASKS:
             why = "its mask does not follow from the base tensor of that name"
         else:
             why = "it has 2**32 columns or more"

@@ -160,7 +160,7 @@ def _positions(
         case MaskCode.SUBSET:
             held = _base_tensor(record, base)
             return related.subset_positions(section, record.subset, record.k, held)
-        case MaskCode.PREDICTED:
+        case MaskCode.PREDICTED | MaskCode.RANKED:
             return predicted.positions(section, record.predicted, _base_tensor(record, base))
         case MaskCode.ALL_ZERO:
             return iter(())

@@ -45,7 +45,9 @@ class Prediction:
     expected_bytes: int
 
 
-def predict(members: Members, dtype: DType, held: int, k: int) -> Prediction | None:
+def predict(
+    members: Members, dtype: DType, held: int, k: int, *, ranked: bool = False
+) -> Prediction | None:
     """Guess which `k` of `held` elements of some magnitudes are kept; None for integers."""
     if not dtype.mantissa_bits:
         return None
@@ -62,7 +64,7 @@ def predict(members: Members, dtype: DType, held: int, k: int) -> Prediction | N
         if 0 < count < total:
             size = choose_rice(total, count)[1]
             expected += size + len(varints.pack(size))
-    return Prediction(PredictedCode(held, threshold), totals, wrong, expected)
+    return Prediction(PredictedCode(held, threshold, ranked), totals, wrong, expected)
 
 
 def _ranked(members: Members, width: int, rank: int) -> int:
@@ -120,13 +122,13 @@ def positions(
     if code.threshold >= base.dtype.sign_bit:
         raise FormatError("its threshold is no number of the base")
     totals = np.zeros(CLASSES, np.int64)
-    for _, _, _, classes in _chunks(base, code.threshold):
+    for _, _, _, classes in _chunks(base, code):
         totals += np.bincount(classes, minlength=CLASSES)
     if totals.sum() != code.held:
         raise FormatError(f"its mask needs a base tensor of {code.held} non-zero elements")
     takes = _read_streams(section, totals.tolist())
     done = [0] * CLASSES
-    for start, places, sizes, classes in _chunks(base, code.threshold):
+    for start, places, sizes, classes in _chunks(base, code):
         chosen = sizes >= code.threshold
         for number, take in enumerate(takes):
             members = np.flatnonzero(classes == number)
@@ -138,11 +140,18 @@ def positions(
 
 
 def _chunks(
-    base: Elements, threshold: int
+    base: Elements, code: PredictedCode
 ) -> Iterator[tuple[int, Positions, Bits, npt.NDArray[np.int8]]]:
-    for start, places in pattern_positions(base, chunk=_CHUNK):
+    for start, places in _candidates(base, code):
         sizes = magnitudes(base.bits[start : start + _CHUNK][places], base.dtype)
-        yield start, places, sizes, _classes(sizes, threshold, base.dtype)
+        yield start, places, sizes, _classes(sizes, code.threshold, base.dtype)
+
+
+def _candidates(base: Elements, code: PredictedCode) -> Iterator[tuple[int, Positions]]:
+    if not code.ranked:
+        return pattern_positions(base, chunk=_CHUNK)
+    n = base.bits.size
+    return ((start, np.arange(min(_CHUNK, n - start))) for start in range(0, n, _CHUNK))
 
 
 def _classes(sizes: Bits, threshold: int, dtype: DType) -> npt.NDArray[np.int8]:

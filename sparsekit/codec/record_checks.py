@@ -5,14 +5,12 @@ import math
 from sparsekit.codec.based_codes import (
     DELTA_PARAMETERS,
     LEVEL_PARAMETERS,
-    PREDICTED_PARAMETERS,
     SUBSET_PARAMETERS,
     LevelCode,
     PredictedCode,
     SubsetCode,
     parse_delta,
     parse_levels,
-    parse_predicted,
     parse_subset,
 )
 from sparsekit.codec.codes import (
@@ -73,7 +71,7 @@ def _mask_range(record: Record, code: MaskCode) -> tuple[int, int]:
         if rice is None or not rice.coded(record.n, record.k):
             raise FormatError(f"tensor {quote(record.name)}: its Rice parameter is not possible")
         return rice.length_range(record.n, record.k)
-    if code in (MaskCode.SUBSET, MaskCode.PREDICTED):
+    if code in (MaskCode.SUBSET, MaskCode.PREDICTED, MaskCode.RANKED):
         return _related_range(record, code)
     needed = mask_bytes(code, record.shape, record.k)
     if code is MaskCode.BITMAP_ZSTD:
@@ -88,7 +86,7 @@ def _related_range(record: Record, code: MaskCode) -> tuple[int, int]:
     if code is MaskCode.SUBSET:
         related = parse_subset(record.parameters[: SUBSET_PARAMETERS.size])
     else:
-        related = parse_predicted(record.parameters[: PREDICTED_PARAMETERS.size])
+        related = record.predicted
     found = None if related is None else related.length_range(record.n, record.k)
     if found is None:
         raise FormatError(

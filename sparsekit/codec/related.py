@@ -27,36 +27,46 @@ class Relation:
     """Bytes of a section by the code that can hold the mask."""
     keep: Flags
     base: Elements
-    pattern: Flags
-    """The base's non-zero elements."""
+    pattern: Flags | None
+    """The base's non-zero elements; None if the others are as good."""
     prediction: predicted.Prediction | None = None
 
     def members(self) -> Iterator[tuple[Bits, Bools]]:
-        """Magnitudes of the base's non-zero elements and whether the mask keeps them."""
+        """Magnitudes of the base's elements and whether the mask keeps them."""
         for start in range(0, self.keep.n, CHUNK):
             stop = min(start + CHUNK, self.keep.n)
-            places = positions_in(self.pattern.between(start, stop))
-            sizes = magnitudes(self.base.bits[start:stop].take(places), self.base.dtype)
-            yield sizes, self.keep.between(start, stop)[places]
+            held, kept = self.base.bits[start:stop], self.keep.between(start, stop)
+            if self.pattern is not None:
+                places = positions_in(self.pattern.between(start, stop))
+                held, kept = held.take(places), kept[places]
+            yield magnitudes(held, self.base.dtype), kept
 
 
-def relate(keep: Flags, base: Elements, *, partly: bool) -> Relation | None:
+def relate(keep: Flags, base: Elements, *, partly: bool, ranked: bool = False) -> Relation | None:
     """Compare a flat mask that keeps at least one element with a base tensor of its shape.
 
-    None if it keeps something else than non-zero elements of the base, or, unless `partly`, not
-    all of them.
+    None if there is none: unless `partly`, the mask then keeps something else than all non-zero
+    elements of the base. If `ranked`, zeros count as candidates in any case.
     """
     pattern = Flags.of_nonzero(base.bits, base.dtype)
     k, held = keep.count, pattern.count
-    if not (k == held or (partly and k < held)) or keep.outside(pattern):
-        return None
-    if k == held:
+    outside = keep.outside(pattern)
+    if k == held and not outside and not ranked:
         return Relation({MaskCode.SAME: 0}, keep, base, pattern)
-    expected = {MaskCode.SUBSET: choose_rice(held, k)[1]}
-    relation = Relation(expected, keep, base, pattern)
-    prediction = predicted.predict(relation.members, base.dtype, held, k)
-    if prediction is not None:
-        expected[MaskCode.PREDICTED] = prediction.expected_bytes
+    if not partly:
+        return None
+    # Where rounding has left zeros in the base, a mask keeps some of them.
+    if outside or ranked:
+        relation = Relation({}, keep, base, None)
+        prediction = predicted.predict(relation.members, base.dtype, keep.n, k, ranked=True)
+        if prediction is None:
+            return None
+        relation.expected[MaskCode.RANKED] = prediction.expected_bytes
+    else:
+        relation = Relation({MaskCode.SUBSET: choose_rice(held, k)[1]}, keep, base, pattern)
+        prediction = predicted.predict(relation.members, base.dtype, held, k)
+        if prediction is not None:
+            relation.expected[MaskCode.PREDICTED] = prediction.expected_bytes
     return replace(relation, prediction=prediction)
 
 
@@ -64,10 +74,11 @@ def pack(code: MaskCode, relation: Relation) -> tuple[bytes, memoryview]:
     """Parameters and section."""
     if code is MaskCode.SAME:
         return b"", memoryview(b"")
-    if code is MaskCode.PREDICTED:
+    if code in (MaskCode.PREDICTED, MaskCode.RANKED):
         assert relation.prediction is not None
         section = predicted.pack(relation.prediction, relation.members, relation.base.dtype)
         return relation.prediction.code.parameters, section
+    assert relation.pattern is not None
     held = relation.pattern.count
     gaps, _ = choose_rice(held, relation.keep.count)
     kept = np.empty(held, np.bool_)

@@ -83,7 +83,8 @@ def encode(
         as they are. What is encoded next should have as its base what this payload decodes to:
         its differences then make up for this rounding. All decode to float32 again, to the same
         bits on every machine. Other dtypes are never rounded.
-    mask_encoding : {"auto", "dense", "bitmap", "rice", "csr", "same", "subset", "predicted"}
+    mask_encoding : str
+        "auto", "dense", "bitmap", "rice", "csr", "same", "subset", "predicted" or "ranked".
         "auto" takes the smallest. Another one is used for every tensor in `masks` (without
         `masks`: of two dimensions or more) that keeps some but not all of its elements.
     round : int

@@ -16,7 +16,6 @@ from sparsekit.codec import layouts
 from sparsekit.codec.record_checks import check_record
 from sparsekit.codec.records import (
     DTYPES,
-    MINOR_0_MASKS,
     DType,
     MaskCode,
     Record,
@@ -129,9 +128,9 @@ def pack_header(
     header_len = PREFIX.size + len(body)
     size = sum(padded(r.mask_len) + padded(r.value_len) for r in records)
     # The lowest version that has all the codes, for the sake of older readers.
-    newer = any(r.mask_code not in MINOR_0_MASKS or r.value_code != ValueCode.RAW for r in records)
+    minor = max((r.minor for r in records), default=0)
     prefix = PREFIX.pack(
-        MAGIC, MAJOR, MINOR if short else int(newer), SHORT_RECORDS if short else 0, header_len,
+        MAGIC, MAJOR, MINOR if short else minor, SHORT_RECORDS if short else 0, header_len,
         len(records), 0, header_len + size, round, base_digest, 0,
     )  # fmt: skip
     checksum = xxhash.xxh3_64_intdigest(prefix[:CHECKSUM_AT] + body)
