@@ -181,16 +181,16 @@ def _encode_one(
         frame = sections.pack_frame(keep)
         if frame is not None and len(frame) < len(mask_parameters) + len(mask):
             code, mask_parameters, mask = MaskCode.BITMAP_ZSTD, b"", frame
-    kept_bits = source.whole() if code is MaskCode.DENSE else source.kept(keep)
-    if given is not None or k == n:
-        kept_bits = canonical(kept_bits, dtype)
     if base is not None and (
         base.dtype.name != "float32" or (level == "fast" and values not in STEPS)
     ):
         base = None
     try:
         value_code, value_parameters, pieces = sections.pack_values(
-            Kept(kept_bits, keep, base), dtype, level != "fast", _KINDS[values]
+            _kept(source, code, keep, base, nonzero=given is None and k < n),
+            dtype,
+            level != "fast",
+            _KINDS[values],
         )
     except OverflowError:
         raise ValueRangeError(
@@ -201,6 +201,14 @@ def _encode_one(
         section_checksum(mask, *pieces), mask_parameters + value_parameters,
     )  # fmt: skip
     return record, mask, pieces
+
+
+def _kept(
+    source: Source, code: MaskCode, keep: Flags, base: Elements | None, *, nonzero: bool
+) -> Kept:
+    bits = source.whole() if code is MaskCode.DENSE else source.kept(keep)
+    # Where only the non-zero elements are kept there is no -0.0.
+    return Kept(bits if nonzero else canonical(bits, source.dtype), keep, base)
 
 
 def _choose(

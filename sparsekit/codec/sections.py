@@ -103,23 +103,24 @@ def pack_values(
     OverflowError
         If a finite number cannot be rounded to that kind.
     """
-    bits = kept.bits
-    if dtype.name == "float32" and bits.size:
+    if dtype.name == "float32" and kept.bits.size:
         if isinstance(kind, int):
             stepped = levels.pack(kept, kind)
             if stepped is not None:
                 return ValueCode.LEVELS, stepped[0].parameters, [*stepped[1]]
         if isinstance(kind, str):
-            bits = half.round_all(bits, kind)
+            # What it was is let go, if nobody else holds it.
+            kept = replace(kept, bits=half.round_all(kept.bits, kind))
             dtype = DTYPE_BY_NAME[kind]
         if coded and kept.base is not None:
-            moved = delta.pack(replace(kept, bits=bits), dtype.name)
-            if moved is not None and moved.expected_bits < split.expected_bits(bits, dtype):
+            moved = delta.pack(kept, dtype.name)
+            if moved is not None and moved.expected_bits < split.expected_bits(kept.bits, dtype):
                 code, pieces = moved.section()
                 return ValueCode.DELTA, code.parameters, [*pieces]
         if isinstance(kind, str):
-            halves = half.pack(bits, kind, coded)
+            halves = half.pack(kept.bits, kind, coded)
             return ValueCode.HALF, halves[0].parameters, halves[1]
+    bits = kept.bits
     packed = split.pack(bits, dtype) if coded else None
     if packed is not None:
         return ValueCode.SPLIT, packed[0].parameters, packed[1]

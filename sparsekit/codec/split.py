@@ -90,7 +90,10 @@ def pack(bits: Bits, dtype: DType) -> tuple[SplitCode, list[Buffer]] | None:
     for start in range(0, bits.size, _CHUNK):
         part = slice(start, start + _CHUNK)
         first[part], second[part] = _planes(bits[part], layout, fields)
-    planes: list[Buffer] = [frames.compress(first), frames.compress(second)]
+    planes: list[Buffer] = [frames.compress(first)]
+    del first
+    planes.append(frames.compress(second))
+    del second
     code = SplitCode(fields.joined, fields.smallest, len(planes[0]))
     if layout.low_bytes:
         # The lower half of each number, as it lies there.

@@ -302,7 +302,7 @@ def payloads() -> dict[str, Entry]:
             "tensors": {
                 "layer.0.weight": tensor_entry(*masked((7, 11, 3), every=9)),
                 "layer.0.bias": tensor_entry(torch.ones(7), dense=True),
-                "layer.1.weight": tensor_entry(*masked((200, 30), every=3)),
+                "layer.1.weight": tensor_entry(*masked((90, 10), every=3)),
                 "layer": tensor_entry(torch.tensor(2.5)),
                 "größe": tensor_entry(flags, flags),
                 "größen": tensor_entry(torch.empty(0, 300), dense=True),
