@@ -12,7 +12,7 @@ from sparsekit.codec.flags import Flags
 from sparsekit.codec.positions import positions_in
 
 # Of elements: what is worked out of them stays in the cache, however large the tensor is.
-CHUNK = 8 * BLOCK
+CHUNK = 2 * BLOCK
 
 
 @dataclass(frozen=True, slots=True)
