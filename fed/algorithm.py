@@ -261,7 +261,7 @@ def read_update(payload: bytes, *, plan: TrainPlan, sent: ServerState, n_train: 
         if not bool(torch.isfinite(tensor).all()):
             raise NonFiniteUpdateError(f"update: {name} holds NaN or infinity; reply dropped")
     for name, mask in (sent.masks or {}).items():
-        if bool((weights[name][~mask] != 0).any()):
+        if _reaches_beyond(weights[name], mask):
             raise TemplateError(f"update: {name} has weights where the model is pruned")
     if plan.local_sparsity is None:
         return Update(weights=weights, masks=None, n_train=n_train)
@@ -270,6 +270,11 @@ def read_update(payload: bytes, *, plan: TrainPlan, sent: ServerState, n_train: 
     if sent.masks is not None:
         masks = {name: mask & sent.masks[name] for name, mask in masks.items()}
     return Update(weights=weights, masks=masks, n_train=n_train)
+
+
+def _reaches_beyond(weights: Tensor, mask: Tensor) -> bool:
+    values, keep = weights.reshape(-1), mask.reshape(-1)
+    return any(bool((values[piece].ne(0) & ~keep[piece]).any()) for piece in pieces(values.numel()))
 
 
 def check_norm(update: Update, sent: ServerState, bound: float) -> None:
@@ -363,7 +368,12 @@ def aggregate(
     ordered = [updates[site] for site in sorted(updates)]
     weights = average(ordered)
     if sent is not None:
-        weights = {n: w + (state.weights[n] - sent[n]) + 0.0 for n, w in weights.items()}
+        for name, merged in weights.items():
+            # In place and in pieces: of a large model there is no second copy.
+            ours, theirs = state.weights[name].reshape(-1), sent[name].reshape(-1)
+            for piece in pieces(merged.numel()):
+                merged.view(-1)[piece] += ours[piece] - theirs[piece]
+                merged.view(-1)[piece] += 0.0
     masks = state.masks
     number = state.round + 1
     sparsity = scheduled_sparsity(config, number)
@@ -385,8 +395,6 @@ def aggregate(
         if config.paper:
             masks = {n: m & (weights[n] != 0) for n, m in masks.items()}
     if masks is not None:
-        weights = {
-            name: torch.where(masks[name], value, 0.0) if name in masks else value
-            for name, value in weights.items()
-        }
+        for name, mask in masks.items():
+            weights[name].masked_fill_(~mask, 0.0)
     return replace(state, round=number, weights=weights, masks=masks)

@@ -104,13 +104,15 @@ def _fields(
     return first, np.where(changed, low, 0), width
 
 
-def reader(section: memoryview, code: DeltaCode, k: int) -> Callable[[int, int, Bits | None], Bits]:
+def reader(
+    section: memoryview, code: DeltaCode, k: int, scratch: npt.NDArray[np.uint8] | None = None
+) -> Callable[[int, int, Bits | None], Bits]:
     """Return a function that gives the values from one index to another, each once, in order.
 
     They must be the values of one block after another; its third argument is what the base holds
-    in their places.
+    in their places. `scratch` is as for `frames.plane_reader`.
     """
-    plane = frames.plane_reader(section[: code.first_len], k)
+    plane = frames.plane_reader(section[: code.first_len], k, scratch)
     packed = np.frombuffer(section[code.first_len :], np.uint8)
     at = 0
 

@@ -10,6 +10,8 @@ import zstandard
 from sparsekit.errors import FormatError
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
+Read: TypeAlias = Callable[[int, bool], Bytes]
+"""Gives the next bytes; says whether they must be the last."""
 Counts: TypeAlias = npt.NDArray[np.int64]
 
 _LEVEL = 1
@@ -57,7 +59,7 @@ def expected_bits(counts: Counts) -> int:
     return min(coded + _TABLE_BITS, 8 * size)
 
 
-def reader(section: memoryview, size: int) -> Callable[[int, bool], Bytes]:
+def reader(section: memoryview, size: int) -> Read:
     """Return a function that gives the next bytes of a frame, and whether they must be the last.
 
     Parameters
@@ -81,20 +83,38 @@ def reader(section: memoryview, size: int) -> Callable[[int, bool], Bytes]:
     return read
 
 
-def plane_reader(section: memoryview, k: int) -> Callable[[int, bool], Bytes]:
-    """Return a function as `reader` does, for `k` bytes that `compress` has written."""
-    if len(section) != k:
+def plane_reader(section: memoryview, k: int, scratch: Bytes | None = None) -> Read:
+    """Return a function as `reader` does, for `k` bytes that `compress` has written.
+
+    A frame is decompressed at once into `scratch`, `k` bytes that nobody writes to before they are
+    read: zstd then needs a tenth of a MiB, and not six. Without it, piece by piece.
+    """
+    if len(section) == k:
+        plain = np.frombuffer(section, np.uint8)
+    elif scratch is None:
         return reader(section, k)
-    raw = np.frombuffer(section, np.uint8)
+    else:
+        plain = scratch
+        _fill(section, plain)
     at = 0
 
-    def next_raw(count: int, last: bool) -> Bytes:
+    def take(count: int, last: bool) -> Bytes:
         nonlocal at
         del last
         at += count
-        return raw[at - count : at]
+        return plain[at - count : at]
 
-    return next_raw
+    return take
+
+
+def _fill(section: memoryview, plain: Bytes) -> None:
+    stream = _stream(section, plain.size)
+    try:
+        if stream.readinto(plain.data) == plain.size and not stream.read(1):
+            return
+    except zstandard.ZstdError as error:
+        raise FormatError(f"a frame is damaged: {error}") from None
+    raise FormatError(f"a frame does not hold {plain.size} bytes")
 
 
 def _stream(section: memoryview, size: int) -> zstandard.ZstdDecompressionReader:

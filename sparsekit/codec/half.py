@@ -72,10 +72,15 @@ def pack(narrowed: Bits, kind: str, coded: bool) -> tuple[HalfCode, list[Buffer]
     return HalfCode(kind, packed[0]), packed[1]
 
 
-def reader(section: memoryview, code: HalfCode, k: int) -> Callable[[int, int], Bits]:
-    """Return a function that gives the values from one index to another, each once, in order."""
+def reader(
+    section: memoryview, code: HalfCode, k: int, scratch: split.Bytes | None = None
+) -> Callable[[int, int], Bits]:
+    """Return a function that gives the values from one index to another, each once, in order.
+
+    `scratch` is as for `frames.plane_reader`.
+    """
     if code.split is not None:
-        inner = split.reader(section, code.split, DTYPE_BY_NAME[code.kind], k)
+        inner = split.reader(section, code.split, DTYPE_BY_NAME[code.kind], k, scratch)
         return lambda start, stop: widen(inner(start, stop), code.kind)
     values = np.frombuffer(section, "<u2")
     return lambda start, stop: widen(values[start:stop], code.kind)

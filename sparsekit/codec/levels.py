@@ -83,12 +83,17 @@ def _plane_of(levels: _Levels, kind: int) -> npt.NDArray[np.uint8]:
     return digits[::2] * np.uint8(PAIRED) + digits[1::2]
 
 
-def reader(section: memoryview, code: LevelCode, k: int) -> Callable[[int, int, Bits | None], Bits]:
+def reader(
+    section: memoryview, code: LevelCode, k: int, scratch: npt.NDArray[np.uint8] | None = None
+) -> Callable[[int, int, Bits | None], Bits]:
     """Return a function that gives the values from one index to another, each once, in order.
 
-    Its third argument is what the base holds in their places.
+    Its third argument is what the base holds in their places; `scratch` is as for
+    `frames.plane_reader`.
     """
-    next_levels = _bytes_reader(section, code, k) if code.bits == 8 else _pairs(section, code, k)
+    size = code.plane_bytes(k)
+    plane = frames.plane_reader(section, size, None if scratch is None else scratch[-size:])
+    next_levels = _bytes_reader(plane, code, k) if code.bits == 8 else _pairs(plane, code, k)
     step = np.float32(code.step)
 
     def read(start: int, stop: int, base: Bits | None) -> Bits:
@@ -109,9 +114,7 @@ def reader(section: memoryview, code: LevelCode, k: int) -> Callable[[int, int, 
     return read
 
 
-def _bytes_reader(section: memoryview, code: LevelCode, k: int) -> Callable[[int, int], _Levels]:
-    plane = frames.plane_reader(section, k)
-
+def _bytes_reader(plane: frames.Read, code: LevelCode, k: int) -> Callable[[int, int], _Levels]:
     def read(start: int, stop: int) -> _Levels:
         levels = plane(stop - start, stop == k).view(np.int8)
         if levels.size and levels.min() < -LEVELS[code.bits]:
@@ -121,9 +124,8 @@ def _bytes_reader(section: memoryview, code: LevelCode, k: int) -> Callable[[int
     return read
 
 
-def _pairs(section: memoryview, code: LevelCode, k: int) -> Callable[[int, int], _Levels]:
+def _pairs(plane: frames.Read, code: LevelCode, k: int) -> Callable[[int, int], _Levels]:
     size = code.plane_bytes(k)
-    plane = frames.plane_reader(section, size)
     waiting = np.empty(0, np.uint8)
 
     def read(start: int, stop: int) -> _Levels:

@@ -139,26 +139,29 @@ def read_values(section: Section, dtype: DType, k: int) -> Bits:
 
 
 def value_reader(
-    section: Section, record: Record, dtype: DType
+    section: Section, record: Record, dtype: DType, scratch: npt.NDArray[np.uint8] | None = None
 ) -> Callable[[int, int, Bits | None], Bits]:
     """Return a function that gives the kept elements from one index to another, in order.
 
-    Its third argument is what the base holds in their places, if the record needs it.
+    Its third argument is what the base holds in their places, if the record needs it. `scratch`
+    is as for `frames.plane_reader`.
     """
     if record.value_code == ValueCode.LEVELS:
-        return levels.reader(section, record.levels, record.k)
+        return levels.reader(section, record.levels, record.k, scratch)
     if record.value_code == ValueCode.DELTA:
-        return delta.reader(section, record.delta, record.k)
-    read = _plain_reader(section, record, dtype)
+        return delta.reader(section, record.delta, record.k, scratch)
+    read = _plain_reader(section, record, dtype, scratch)
     return lambda start, stop, _: read(start, stop)
 
 
-def _plain_reader(section: Section, record: Record, dtype: DType) -> Callable[[int, int], Bits]:
+def _plain_reader(
+    section: Section, record: Record, dtype: DType, scratch: npt.NDArray[np.uint8] | None
+) -> Callable[[int, int], Bits]:
     k = record.k
     if record.value_code == ValueCode.SPLIT:
-        return split.reader(section, record.split, dtype, k)
+        return split.reader(section, record.split, dtype, k, scratch)
     if record.value_code == ValueCode.HALF:
-        return half.reader(section, record.half, k)
+        return half.reader(section, record.half, k, scratch)
     if dtype is not BOOL:
         values = np.frombuffer(section, unsigned(dtype))
         return lambda start, stop: values[start:stop]

@@ -103,12 +103,17 @@ def pack(bits: Bits, dtype: DType) -> tuple[SplitCode, list[Buffer]] | None:
 
 
 def reader(
-    section: memoryview, code: SplitCode, dtype: DType, k: int
+    section: memoryview, code: SplitCode, dtype: DType, k: int, scratch: Bytes | None = None
 ) -> Callable[[int, int], Bits]:
-    """Return a function that gives the values from one index to another, each once, in order."""
+    """Return a function that gives the values from one index to another, each once, in order.
+
+    `scratch` is as for `frames.plane_reader`.
+    """
+    if dtype.name == "float32" and compiled.joins(k):
+        return compiled.join(section, code, k, scratch)
     layout = LAYOUTS[dtype.name]
     low_at = len(section) - k * layout.low_bytes
-    first = frames.plane_reader(section[: code.first_len], k)
+    first = frames.plane_reader(section[: code.first_len], k, scratch)
     second = frames.plane_reader(section[code.first_len : low_at], k)
     low = np.frombuffer(section[low_at:], "<u2") if layout.low_bytes else None
     rest_bits = layout.mantissa_bits - 8 * layout.low_bytes - (_TOP_BITS if code.joined else 0)
