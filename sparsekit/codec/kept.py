@@ -11,8 +11,9 @@ from sparsekit.codec.elements import Bits, Elements, canonical
 from sparsekit.codec.flags import Flags
 from sparsekit.codec.positions import positions_in
 
-# Of elements: what is worked out of them stays in the cache, however large the tensor is.
-CHUNK = 2 * BLOCK
+# Kept elements at a time, about: what is worked out of them stays in the cache.
+_CHUNK = 2 * BLOCK
+_MOST_BLOCKS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +46,13 @@ class Kept:
     base: Elements | None
 
     def chunks(self) -> Iterator[Chunk]:
-        """Give all, those of `CHUNK` elements of the tensor at a time."""
+        """Give all, those of some blocks of the tensor at a time."""
         done = 0
-        whole = self.bits.size == self.keep.n
-        for start in range(0, self.keep.n, CHUNK):
-            stop = min(start + CHUNK, self.keep.n)
+        n, k = self.keep.n, self.bits.size
+        whole = k == n
+        size = BLOCK * min(max(_CHUNK * n // max(k, 1) // BLOCK, 2), _MOST_BLOCKS)
+        for start in range(0, n, size):
+            stop = min(start + size, n)
             held = None if self.base is None else self.base.bits[start:stop]
             blocks = range(0, stop - start, BLOCK)
             if whole:

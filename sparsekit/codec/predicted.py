@@ -29,7 +29,7 @@ Members: TypeAlias = Callable[[], Iterator[tuple[Bits, Bools]]]
 # Of each class, so that all together need little memory.
 _CHUNK = CHUNK // 16
 # Of a magnitude, counted at a time.
-_DIGIT = 11
+_DIGIT = 16
 _LARGEST = CLASSES // 2 - 1
 # An eighth of an octave: the unit of distance.
 _UNIT_BITS = 3
@@ -52,7 +52,7 @@ def predict(
     if not dtype.mantissa_bits:
         return None
     # The k-th largest: as many are kept wrongly as are dropped wrongly, ties aside.
-    threshold = _ranked(members, 8 * dtype.itemsize - 1, held - k)
+    threshold = _ranked(members, 8 * dtype.itemsize - 1, held, held - k)
     totals, wrong = np.zeros(CLASSES, np.int64), np.zeros(CLASSES, np.int64)
     for sizes, kept in members():
         classes = _classes(sizes, threshold, dtype)
@@ -67,8 +67,11 @@ def predict(
     return Prediction(PredictedCode(held, threshold, ranked), totals, wrong, expected)
 
 
-def _ranked(members: Members, width: int, rank: int) -> int:
-    """Magnitude of `width` bits that `rank` others come before, found from its high bits down."""
+def _ranked(members: Members, width: int, held: int, rank: int) -> int:
+    """Magnitude, of `width` bits, that `rank` of `held` come before, found from high bits down."""
+    sizes, _ = next(members())
+    if sizes.size == held:
+        return int(np.partition(sizes, rank)[rank])
     found = 0
     while width:
         low = max(width - _DIGIT, 0)

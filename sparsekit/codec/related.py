@@ -17,6 +17,8 @@ from sparsekit.errors import FormatError
 
 # Two masks are read side by side.
 _CHUNK = CHUNK // 8
+# Elements that are looked at together while a mask is written.
+_MEMBERS = 4 * CHUNK
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +35,8 @@ class Relation:
 
     def members(self) -> Iterator[tuple[Bits, Bools]]:
         """Magnitudes of the base's elements and whether the mask keeps them."""
-        for start in range(0, self.keep.n, CHUNK):
-            stop = min(start + CHUNK, self.keep.n)
+        for start in range(0, self.keep.n, _MEMBERS):
+            stop = min(start + _MEMBERS, self.keep.n)
             held, kept = self.base.bits[start:stop], self.keep.between(start, stop)
             if self.pattern is not None:
                 places = positions_in(self.pattern.between(start, stop))
