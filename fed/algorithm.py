@@ -271,7 +271,7 @@ def read_update(payload: bytes, *, plan: TrainPlan, sent: ServerState, n_train: 
         if not bool(torch.isfinite(tensor).all()):
             raise NonFiniteUpdateError(f"update: {name} holds NaN or infinity; reply dropped")
     for name, mask in (sent.masks or {}).items():
-        back = int((weights[name][~mask] != 0).count_nonzero())
+        back = _outside(weights[name], mask)
         if back > exchanged(mask, plan.regrow):
             raise TemplateError(f"update: {name} has {back} weights where the model is pruned")
     if plan.local_sparsity is None:
@@ -281,6 +281,12 @@ def read_update(payload: bytes, *, plan: TrainPlan, sent: ServerState, n_train: 
     if sent.masks is not None:
         masks = {name: mask & sent.masks[name] for name, mask in masks.items()}
     return Update(weights=weights, masks=masks, n_train=n_train)
+
+
+def _outside(weights: Tensor, mask: Tensor) -> int:
+    values, keep = weights.reshape(-1), mask.reshape(-1)
+    outside = (values[piece].ne(0) & ~keep[piece] for piece in pieces(values.numel()))
+    return sum(int(found.count_nonzero()) for found in outside)
 
 
 def check_norm(update: Update, sent: ServerState, bound: float) -> None:
@@ -374,7 +380,12 @@ def aggregate(
     ordered = [updates[site] for site in sorted(updates)]
     weights = average(ordered)
     if sent is not None:
-        weights = {n: w + (state.weights[n] - sent[n]) + 0.0 for n, w in weights.items()}
+        for name, merged in weights.items():
+            # In place and in pieces: of a large model there is no second copy.
+            ours, theirs = state.weights[name].reshape(-1), sent[name].reshape(-1)
+            for piece in pieces(merged.numel()):
+                merged.view(-1)[piece] += ours[piece] - theirs[piece]
+                merged.view(-1)[piece] += 0.0
     masks = state.masks
     number = state.round + 1
     sparsity = scheduled_sparsity(config, number)
@@ -405,8 +416,6 @@ def aggregate(
             n: torch.where(before[n], w, 0.0) if n in masks else w for n, w in weights.items()
         }
     if masks is not None:
-        weights = {
-            name: torch.where(masks[name], value, 0.0) if name in masks else value
-            for name, value in weights.items()
-        }
+        for name, mask in masks.items():
+            weights[name].masked_fill_(~mask, 0.0)
     return replace(state, round=number, weights=weights, masks=masks)

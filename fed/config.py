@@ -159,7 +159,7 @@ class RunConfig:
     test_fraction: float = 0.25
     evaluate_every: int = 1
     values: Values = "lossless"
-    level: Level = "balanced"
+    level: Level = "small"
     quorum: float = 0.5
     participation: float = 1.0
     sites_per_round: int = 0

@@ -79,18 +79,27 @@ class Payload:
 
 def take_apart(data: bytes) -> Payload:
     """Read a valid payload, in a way of its own."""
-    _, _, minor, flags, _, count, _, _, _, digest = _PREFIX.unpack_from(data)
-    header_len = _PREFIX.unpack_from(data)[4]
-    at, section = 64, header_len
+    _, _, minor, flags, header_len, count, _, _, _, digest = _PREFIX.unpack_from(data)
+    at, section = 64 + 8 * (flags & 1), header_len
     records = []
+    name = b""
     for _ in range(count):
-        fixed = _RECORD.unpack_from(data, at)
-        name_len, parameter_len, dtype, ndim, mask_code, value_code = fixed[:6]
-        k, mask_len, value_len = fixed[6:9]
-        at += _RECORD.size
-        shape = list(struct.unpack_from(f"<{ndim}I", data, at))
-        at += 4 * ndim
-        parameters, name = data[at : at + parameter_len], data[at + parameter_len :][:name_len]
+        if flags & 1:
+            shared, dtype, ndim, mask_code, value_code = data[at : at + 5]
+            numbers, at = _varints(data, at + 5, ndim + 5)
+            shape = numbers[:ndim]
+            k, mask_len, value_len, parameter_len, name_len = numbers[ndim:]
+            start = name[:shared]
+        else:
+            fixed = _RECORD.unpack_from(data, at)
+            name_len, parameter_len, dtype, ndim, mask_code, value_code = fixed[:6]
+            k, mask_len, value_len = fixed[6:9]
+            at += _RECORD.size
+            shape = list(struct.unpack_from(f"<{ndim}I", data, at))
+            at += 4 * ndim
+            start = b""
+        parameters = data[at : at + parameter_len]
+        name = start + data[at + parameter_len :][:name_len]
         at += parameter_len + name_len
         mask = data[section : section + mask_len]
         section += -(-mask_len // 8) * 8
@@ -102,24 +111,45 @@ def take_apart(data: bytes) -> Payload:
     return Payload(minor, flags, digest, records)
 
 
+def _varints(data: bytes, at: int, count: int) -> tuple[list[int], int]:
+    numbers = []
+    for _ in range(count):
+        number = shift = 0
+        while True:
+            number |= (data[at] & 0x7F) << shift
+            shift, at = shift + 7, at + 1
+            if data[at - 1] < 0x80:
+                break
+        numbers.append(number)
+    return numbers, at
+
+
+def _varint(number: int) -> bytes:
+    groups = [number >> shift & 0x7F for shift in range(0, max(number.bit_length(), 1), 7)]
+    return bytes([*(group | 0x80 for group in groups[:-1]), groups[-1]])
+
+
 def put_together(payload: Payload) -> bytes:
     """Write a payload with checksums that fit."""
     body, sections = b"", b""
+    name = b""
+    whole = xxhash.xxh3_64()
     for r in payload.records:
         parts = {
             "name_len": len(r.name), "parameter_len": len(r.parameters), "ndim": len(r.shape),
             "mask_len": len(r.mask), "value_len": len(r.values),
             "checksum": xxhash.xxh3_64_intdigest(r.mask + r.values),
         } | r.lies  # fmt: skip
-        body += _RECORD.pack(
-            parts["name_len"] & 0xFFFF, parts["parameter_len"] & 0xFFFF, r.dtype & 255,
-            parts["ndim"] & 255, r.mask_code & 255, r.value_code & 255, r.k & 2**64 - 1,
-            parts["mask_len"] & 2**64 - 1, parts["value_len"] & 2**64 - 1, parts["checksum"],
-        )  # fmt: skip
-        body += struct.pack(f"<{len(r.shape)}I", *(n & 2**32 - 1 for n in r.shape))
-        body += r.parameters + r.name
+        if payload.flags & 1:
+            body += _short(r, parts, name)
+            name = r.name
+        else:
+            body += _long(r, parts)
+        whole.update(r.mask + r.values)
         for section in (r.mask, r.values):
             sections += section + bytes(-len(section) % 8)
+    if payload.flags & 1:
+        body = whole.intdigest().to_bytes(8, "little") + body
     body += bytes(-len(body) % 8)
     start = _PREFIX.pack(
         b"\x89SPU\r\n\x1a\n", 1, payload.minor & 255, payload.flags & 0xFFFF, 64 + len(body),
@@ -127,6 +157,30 @@ def put_together(payload: Payload) -> bytes:
     )  # fmt: skip
     checksum = xxhash.xxh3_64_intdigest(start + body)
     return start + checksum.to_bytes(8, "little") + body + sections
+
+
+def _long(r: Record, parts: dict[str, int]) -> bytes:
+    fixed = _RECORD.pack(
+        parts["name_len"] & 0xFFFF, parts["parameter_len"] & 0xFFFF, r.dtype & 255,
+        parts["ndim"] & 255, r.mask_code & 255, r.value_code & 255, r.k & 2**64 - 1,
+        parts["mask_len"] & 2**64 - 1, parts["value_len"] & 2**64 - 1, parts["checksum"],
+    )  # fmt: skip
+    shape = struct.pack(f"<{len(r.shape)}I", *(n & 2**32 - 1 for n in r.shape))
+    return fixed + shape + r.parameters + r.name
+
+
+def _short(r: Record, parts: dict[str, int], before: bytes) -> bytes:
+    shared = parts.get("shared", 0)
+    if "shared" not in parts:
+        while shared < min(len(before), len(r.name), 255) and before[shared] == r.name[shared]:
+            shared += 1
+    fixed = bytes((shared & 255, r.dtype & 255, parts["ndim"] & 255, r.mask_code & 255,
+                   r.value_code & 255))  # fmt: skip
+    rest = r.name[shared:]
+    suffix_len = parts["name_len"] if "name_len" in r.lies else len(rest)
+    numbers = (*r.shape, r.k, parts["mask_len"], parts["value_len"], parts["parameter_len"],
+               suffix_len)  # fmt: skip
+    return fixed + b"".join(_varint(max(n, 0)) for n in numbers) + r.parameters + rest
 
 
 def _number(dice: random.Random, old: int, most: int) -> int:
@@ -171,7 +225,7 @@ def change(dice: random.Random, payload: Payload, others: list[Payload]) -> None
             at = dice.randrange(len(record.shape))
             record.shape[at] = _number(dice, record.shape[at], 2**32)
         case 2:
-            record.mask_code = dice.choice((*range(10), 130, dice.randrange(256)))
+            record.mask_code = dice.choice((*range(11), 130, dice.randrange(256)))
         case 3:
             record.value_code = dice.choice((*range(6), 130, dice.randrange(256)))
         case 4:
@@ -191,7 +245,8 @@ def change(dice: random.Random, payload: Payload, others: list[Payload]) -> None
             payload.records.append(copy.deepcopy(dice.choice(payload.records)))
             payload.records[-1].name += b"2" * dice.randrange(2)
         case 14:
-            name = dice.choice(("name_len", "parameter_len", "ndim", "mask_len", "value_len"))
+            names = ("name_len", "parameter_len", "ndim", "mask_len", "value_len", "shared")
+            name = dice.choice(names)
             record.lies[name] = abs(_number(dice, 3, 2**16))
         case _:
             if dice.random() < 0.5:
@@ -246,7 +301,8 @@ def corpus() -> tuple[list[bytes], Bases]:
     states.append({"large": large * (drawn < 0.2)})
     made = [codec.encode({"large": large * (drawn < kept)}) for kept in (0.02, 0.2, 0.5, 0.9)]
     moved = {"large": states[-1]["large"] * 1.01}
-    made += [codec.encode(moved, base=states[-1], level=level) for level in ("fast", "balanced")]
+    made += [codec.encode(moved, base=states[-1], level=level)
+             for level in ("fast", "balanced", "small")]  # fmt: skip
     payloads = [*(path.read_bytes() for path in paths), *made]
     return payloads, {codec.base_digest(s): s for s in states}
 

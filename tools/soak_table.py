@@ -165,7 +165,7 @@ def page(results: dict[str, Any]) -> str:
         times = [state[f"{who}_peak_bytes"] / state["state_bytes"] for who in ("server", "site")]
         lines[-1] += (
             f" Its peaks are {times[0]:.0f} times (server) and {times[1]:.0f} times (site) the "
-            "bytes of its weights, while the codec takes differences of the largest tensor."
+            "bytes of its weights."
         )
     if kills := parts.get("kills"):
         when = ", ".join(f"{count} {name}" for name, count in kills["kills_when"].items())

@@ -138,12 +138,13 @@ def build_lists(
     threads = parallel.thread_count(mask.numel(), _ENTRIES_PER_THREAD)
     backward_rows = -(-shape.c_out // backward_block) * rows
     return (
-        _count_and_fill(_forward, forward, forward_rows, threads),
-        _count_and_fill(_backward, backward, backward_rows, threads),
+        count_and_fill(_forward, forward, forward_rows, threads),
+        count_and_fill(_backward, backward, backward_rows, threads),
     )
 
 
-def _count_and_fill(kernel_: Kernel, job: Job, rows: int, threads: int) -> tuple[Ints, Ints, Ints]:
+def count_and_fill(kernel_: Kernel, job: Job, rows: int, threads: int) -> tuple[Ints, Ints, Ints]:
+    """Run a kernel twice: to count the entries of each row, and to fill them in."""
     # One place in front: filling moves each start to the next row's.
     starts = np.zeros(rows + 1, np.int32)
     job["starts"] = starts.ctypes.data + 4

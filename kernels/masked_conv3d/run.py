@@ -2,8 +2,10 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -11,12 +13,13 @@ from sparsekit.kernels import buffers, parallel
 from sparsekit.kernels.masked_conv3d import cost, cpu, grouped, packing
 from sparsekit.kernels.masked_conv3d.geometry import (
     CHANNELS_AT_ONCE,
+    Geometry,
     Grid,
     Shape,
     block_channels,
     geometry,
 )
-from sparsekit.kernels.masked_conv3d.plan import Plan, build
+from sparsekit.kernels.masked_conv3d.plan import Plan, build, build_rows
 from sparsekit.kernels.masked_conv3d.plan_cache import PlanCache
 from sparsekit.kernels.masked_conv3d.rows import row_table
 from sparsekit.kernels.parallel import Prepared
@@ -34,18 +37,35 @@ def plan_of(mask: Tensor, shape: Shape, gradient_bytes: int | None = None) -> Pl
     cache = PlanCache.of(mask)
 
     def make() -> Plan:
-        layout_ = geometry(shape, LANES, REGISTERS, gradient_bytes)
-        sizes = [
-            block_channels(layout_, cache.density, grid, tiling)
-            for grid, tiling in (
-                (layout_.source, layout_.forward),
-                (layout_.gradient, layout_.backward),
-            )
-        ]
-        return build(cache.mask, layout_, sizes[0], sizes[1])
+        return build(cache.mask, *_cut(shape, cache.density, gradient_bytes))
 
     plan: Plan = cache.get((shape, gradient_bytes), make)
     return plan
+
+
+def plan_of_rows(
+    counts: npt.NDArray[Any],
+    columns: npt.NDArray[Any],
+    shape: Shape,
+    gradient_bytes: int | None = None,
+) -> Plan:
+    """Plan of a mask in rows, as `plan_of` makes it of the mask; see `plan.build_rows`."""
+    weights = shape.c_out * (shape.c_in // shape.groups) * math.prod(shape.kernel)
+    density = columns.size / max(1, weights)
+    return build_rows(counts, columns, *_cut(shape, density, gradient_bytes))
+
+
+def _cut(shape: Shape, density: float, gradient_bytes: int | None) -> tuple[Geometry, int, int]:
+    """Geometry, and channels per block of the forward and the backward pass."""
+    layout_ = geometry(shape, LANES, REGISTERS, gradient_bytes)
+    sizes = [
+        block_channels(layout_, density, grid, tiling)
+        for grid, tiling in (
+            (layout_.source, layout_.forward),
+            (layout_.gradient, layout_.backward),
+        )
+    ]
+    return layout_, sizes[0], sizes[1]
 
 
 def threads_for(plan: Plan, samples: int) -> int:

@@ -18,7 +18,7 @@ from sparsekit import codec
 from sparsekit.cli.states import Shown, open_state, progress, safetensors
 from sparsekit.codec import PayloadInfo, RecordInfo
 from sparsekit.codec.interop import from_torch_prune
-from sparsekit.codec.wire import quote
+from sparsekit.codec.records import quote
 from sparsekit.errors import ArgumentError, UsageError
 
 app = typer.Typer(no_args_is_help=True, help="Inspect, write and read payloads of sparse states.")
@@ -54,7 +54,9 @@ def encode_command(
     base: Base = None,
     mask_encoding: Annotated[
         str,
-        typer.Option(help="auto | dense | bitmap | rice | csr | same | subset | predicted"),
+        typer.Option(
+            help="auto | dense | bitmap | rice | csr | same | subset | predicted | ranked"
+        ),
     ] = "auto",
     values: Annotated[str, typer.Option(help="lossless | bf16 | fp16 | int8 | int4")] = "lossless",
     level: Annotated[str, typer.Option(help="fast | balanced | small")] = "balanced",

@@ -1,5 +1,6 @@
 """Payloads as NumPy arrays: no torch is imported, on a machine that has none.
 
+from sparsekit.codec.records import quote
 from sparsekit.codec.arrays import decode_arrays
 """
 
@@ -13,8 +14,8 @@ from sparsekit.codec import decoding
 from sparsekit.codec.elements import Elements
 from sparsekit.codec.half import widen
 from sparsekit.codec.positions import CHUNK
-from sparsekit.codec.records import BOOL, DTYPE_BY_NAME
-from sparsekit.codec.wire import as_bytes_view, parse, quote
+from sparsekit.codec.records import BOOL, DTYPE_BY_NAME, quote
+from sparsekit.codec.wire import as_bytes_view, described_bytes, parse
 from sparsekit.errors import ArgumentTypeError, BudgetError
 
 Array = npt.NDArray[Any]
@@ -39,7 +40,7 @@ def decode_arrays(
         tensors needs `sparsekit.decode`.
     max_bytes : int
         Most bytes that the decoded arrays may take, 4 GiB by default; a bfloat16 number counts as
-        6, which it takes for a moment.
+        6, which it takes for a moment, and a large header as for `sparsekit.decode`.
 
     Returns
     -------
@@ -54,13 +55,14 @@ def decode_arrays(
         For a base of other than NumPy arrays of the listed dtypes.
     """
     view = as_bytes_view(payload)
-    header = parse(view)
+    header = parse(view, room=max_bytes)
     placed = [p for p in header.records if p.record.dtype is not None]
     needed = sum(
         p.record.n * (p.record.dtype.itemsize + 4 * (p.record.dtype.name == "bfloat16"))
         for p in placed
         if p.record.dtype is not None
     )
+    needed += described_bytes(len(header.records), header.header_len)
     if needed > max_bytes:
         raise BudgetError(
             f"payload: it decodes to {needed} bytes, the limit is {max_bytes}; "

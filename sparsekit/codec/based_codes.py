@@ -8,6 +8,7 @@ from sparsekit.codec.codes import RiceCode, parse_rice
 
 SUBSET_PARAMETERS = struct.Struct("<BQ")
 PREDICTED_PARAMETERS = struct.Struct("<QQ")
+RANKED_PARAMETERS = struct.Struct("<Q")
 LEVEL_PARAMETERS = struct.Struct("<BBf")
 DELTA_PARAMETERS = struct.Struct("<BhI")
 KINDS = ("float32", "float16", "bfloat16")
@@ -60,13 +61,17 @@ class PredictedCode:
     """Parameters of a mask that keeps the base's large elements, with exceptions."""
 
     held: int
-    """Non-zero elements of the base."""
+    """Non-zero elements of the base; of a ranked mask all."""
     threshold: int
     """Bit pattern, without the sign, from which on the prediction keeps an element."""
+    ranked: bool = False
+    """Whether elements that are zero in the base may be kept."""
 
     @property
     def parameters(self) -> bytes:
         """The bytes that stand in a record."""
+        if self.ranked:
+            return RANKED_PARAMETERS.pack(self.threshold)
         return PREDICTED_PARAMETERS.pack(self.held, self.threshold)
 
     def length_range(self, n: int, k: int) -> tuple[int, int] | None:
@@ -79,6 +84,12 @@ class PredictedCode:
 def parse_predicted(parameters: bytes) -> PredictedCode:
     """Read the bytes of a record."""
     return PredictedCode(*PREDICTED_PARAMETERS.unpack(parameters))
+
+
+def parse_ranked(parameters: bytes, n: int) -> PredictedCode:
+    """Read the bytes of a record of a tensor of `n` elements."""
+    (threshold,) = RANKED_PARAMETERS.unpack(parameters)
+    return PredictedCode(n, threshold, ranked=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from sparsekit.codec import flags, frames
+from sparsekit.codec import flags, frames, rice
 from sparsekit.codec.codes import RiceCode, SplitCode
 from sparsekit.codec.elements import Bits, Elements
 from sparsekit.codec.flags import Bytes, Flags
@@ -22,7 +22,7 @@ _Packed: TypeAlias = Callable[[int, int], Bytes]
 _Values: TypeAlias = Callable[[int, int], Bits]
 
 # Elements at a time: what is decoded of them stays in the cache, and below a MiB.
-_CHUNK = 2**17
+_CHUNK = 2**16
 _MASKS = (MaskCode.BITMAP, MaskCode.RICE, MaskCode.SAME)
 _TOP_BITS = 3
 _MOST_ELEMENTS = 2**32
@@ -42,10 +42,10 @@ def takes(record: Record) -> bool:
     )
 
 
-def pack_rice(keep: Flags, code: RiceCode) -> memoryview | None:
-    """Section of a mask; None where the kernels do not pay off."""
+def pack_rice(keep: Flags, code: RiceCode) -> memoryview:
+    """Section of a mask with at least one coded position."""
     if not (flags.kernels_pay_off(keep.n) and keep.n < _MOST_ELEMENTS):
-        return None
+        return rice.pack(keep.bools, code)
     coded = code.coded(keep.n, keep.count)
     section: Bytes = _rice().pack(keep.packed, keep.n, coded, code.r, code.complement)
     return section.data
@@ -66,8 +66,9 @@ def decode(
     cpu = _bitmap()
     n, k = record.n, record.k
     packed_of = _flags(mask_section, record, base)
-    values_of = _values(value_section, record)
     bits = np.empty(n, "<u4")
+    # Elements are written in order, and so many are left that what is still to be read stays.
+    values_of = _values(value_section, record, bits.view(np.uint8)[4 * n - k :])
     done = 0
     step = _CHUNK if 8 * k > n else 8 * _CHUNK
     for start in range(0, n, step):
@@ -115,20 +116,28 @@ def _flags(section: memoryview, record: Record, base: Elements | None) -> _Packe
     return read
 
 
-def _values(section: memoryview, record: Record) -> _Values:
+def _values(section: memoryview, record: Record, scratch: Bytes) -> _Values:
     """Return a function that gives the kept values from one index to another, in order."""
     k = record.k
     if record.value_code == ValueCode.RAW:
         values = np.frombuffer(section, "<u4")
         return lambda start, stop: values[start:stop]
-    return join(section, record.split, k)
+    return join(section, record.split, k, scratch)
 
 
-def join(section: memoryview, code: SplitCode, k: int) -> _Values:
-    """Return a function that gives split float32 values from one index to another, in order."""
+def joins(k: int) -> bool:
+    """Whether so many split float32 values are for `join`."""
+    return flags.kernels_pay_off(k)
+
+
+def join(section: memoryview, code: SplitCode, k: int, scratch: Bytes | None) -> _Values:
+    """Return a function that gives split float32 values from one index to another, in order.
+
+    `scratch` is as for `frames.plane_reader`.
+    """
     join_planes = _planes().join
     low_at = len(section) - 2 * k
-    first = frames.plane_reader(section[: code.first_len], k)
+    first = frames.plane_reader(section[: code.first_len], k, scratch)
     second = frames.plane_reader(section[code.first_len : low_at], k)
     low = np.frombuffer(section[low_at:], "<u2")
     top_bits = _TOP_BITS if code.joined else 0

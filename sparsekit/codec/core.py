@@ -9,27 +9,30 @@ from typing import Literal, TypeAlias
 import numpy as np
 import xxhash
 
-from sparsekit.codec import delta, related, sections
+from sparsekit.codec import related, sections
 from sparsekit.codec.elements import Elements, canonical, unsigned
 from sparsekit.codec.flags import Flags
+from sparsekit.codec.kept import Kept
+from sparsekit.codec.layouts import MAX_EXTENT
 from sparsekit.codec.positions import CHUNK
 from sparsekit.codec.records import (
+    RELATED_MASKS,
     MaskCode,
     Record,
     ValueCode,
     mask_bytes,
     parameter_bytes,
+    quote,
     value_bytes,
 )
 from sparsekit.codec.sources import Source
 from sparsekit.codec.wire import (
-    MAX_EXTENT,
     MAX_HEADER_BYTES,
     MAX_RECORDS,
     NO_BASE,
+    Buffer,
     pack_header,
     padded,
-    quote,
     section_checksum,
 )
 from sparsekit.errors import (
@@ -40,9 +43,9 @@ from sparsekit.errors import (
 Level: TypeAlias = Literal["fast", "balanced", "small"]
 Values: TypeAlias = Literal["lossless", "bf16", "fp16", "int8", "int4"]
 MaskEncoding: TypeAlias = Literal[
-    "auto", "dense", "bitmap", "rice", "csr", "same", "subset", "predicted"
+    "auto", "dense", "bitmap", "rice", "csr", "same", "subset", "predicted", "ranked"
 ]
-BASED = ("same", "subset", "predicted")
+BASED = ("same", "subset", "predicted", "ranked")
 """Mask encodings that need a base."""
 
 _KINDS: dict[Values, sections.Kind] = {
@@ -58,8 +61,8 @@ _FORCED = {
     "same": MaskCode.SAME,
     "subset": MaskCode.SUBSET,
     "predicted": MaskCode.PREDICTED,
+    "ranked": MaskCode.RANKED,
 }
-_RELATED = (MaskCode.SAME, MaskCode.SUBSET, MaskCode.PREDICTED)
 
 # Codes whose size follows from the counts, whatever stands beside what.
 _COUNTED = (MaskCode.BITMAP, MaskCode.RICE, MaskCode.CSR)
@@ -90,6 +93,7 @@ class Encoder:
         self._level: Level = level
         self._values: Values = values
         self._records: list[Record] = []
+        self._sections = xxhash.xxh3_64()
 
     def add(self, name: str, source: Source, given: Flags | None) -> list[bytes | memoryview]:
         """Encode the next tensor under its mask, if it has one; return its padded sections.
@@ -102,7 +106,7 @@ class Encoder:
         """
         forced = given is not None if self._masked else len(source.shape) >= 2
         encoding: MaskEncoding = self._mask_encoding if forced else "auto"
-        record, *sections = _encode_one(
+        record, mask, values = _encode_one(
             name, source, given, None if self._base is None else self._base.get(name),
             encoding, self._level, self._values,
         )  # fmt: skip
@@ -110,8 +114,11 @@ class Encoder:
         if len(self._records) > MAX_RECORDS:
             raise ArgumentError(f"state: expected at most {MAX_RECORDS} tensors")
         chunks: list[bytes | memoryview] = []
-        for section in sections:
-            chunks += [section, bytes(padded(len(section)) - len(section))]
+        if self._level == "small":
+            for piece in (mask, *values):
+                self._sections.update(piece)
+        for pieces, size in (([mask], record.mask_len), (values, record.value_len)):
+            chunks += [*pieces, bytes(padded(size) - size)]
         return chunks
 
     def header(self, round: int) -> bytes:
@@ -124,7 +131,8 @@ class Encoder:
         """
         uses = any(record.mask_needs_base or record.values_need_base for record in self._records)
         digest = digest_elements(self._base) if self._base is not None and uses else NO_BASE
-        header = pack_header(self._records, round=round, base_digest=digest)
+        whole = self._sections.intdigest() if self._level == "small" else None
+        header = pack_header(self._records, round=round, base_digest=digest, sections=whole)
         if len(header) > MAX_HEADER_BYTES:
             raise ArgumentError(
                 f"state: its names and shapes need a header of {len(header)} bytes, "
@@ -141,7 +149,7 @@ def _encode_one(
     encoding: MaskEncoding,
     level: Level,
     values: Values,
-) -> tuple[Record, memoryview, memoryview]:
+) -> tuple[Record, memoryview, list[Buffer]]:
     dtype, shape, n = source.dtype, source.shape, source.n
     if any(extent > MAX_EXTENT for extent in shape):
         raise ArgumentError(f"state: {quote(name)} has an extent above {MAX_EXTENT}")
@@ -160,12 +168,11 @@ def _encode_one(
     relation = None
     if base is not None and 0 < k < n:
         partly = level != "fast" or encoding in BASED
-        relation = related.relate(keep.bools, k, base, partly=partly)
+        relation = related.relate(keep, base, partly=partly, ranked=encoding == "ranked")
     code = _choose(name, source, k, given is not None, relation, encoding, level)
     if code is MaskCode.DENSE and k != n:
         k, keep = n, Flags(n, bools=np.ones(n, np.bool_))
-    kept_bits = source.whole() if code is MaskCode.DENSE else source.kept(keep)
-    if code in _RELATED:
+    if code in RELATED_MASKS:
         assert relation is not None
         mask_parameters, mask = related.pack(code, relation)
     else:
@@ -174,29 +181,34 @@ def _encode_one(
         frame = sections.pack_frame(keep)
         if frame is not None and len(frame) < len(mask_parameters) + len(mask):
             code, mask_parameters, mask = MaskCode.BITMAP_ZSTD, b"", frame
+    if base is not None and (
+        base.dtype.name != "float32" or (level == "fast" and values not in STEPS)
+    ):
+        base = None
     try:
-        value_code, value_parameters, value_section = sections.pack_values(
-            canonical(kept_bits, dtype) if given is not None or k == n else kept_bits,
-            dtype, level != "fast", _KINDS[values],
-            _held(base, keep, level, values),
-        )  # fmt: skip
+        value_code, value_parameters, pieces = sections.pack_values(
+            _kept(source, code, keep, base, nonzero=given is None and k < n),
+            dtype,
+            level != "fast",
+            _KINDS[values],
+        )
     except OverflowError:
         raise ValueRangeError(
             f"values: {quote(name)} holds numbers beyond the range of {values!r}; use 'lossless'"
         ) from None
     record = Record(
-        name, dtype, shape, code, value_code, k, len(mask), len(value_section),
-        section_checksum(mask, value_section), mask_parameters + value_parameters,
+        name, dtype, shape, code, value_code, k, len(mask), sum(map(len, pieces)),
+        section_checksum(mask, *pieces), mask_parameters + value_parameters,
     )  # fmt: skip
-    return record, mask, value_section
+    return record, mask, pieces
 
 
-def _held(base: Elements | None, keep: Flags, level: Level, values: Values) -> sections.Held | None:
-    """What the base holds where an element is kept, if that can be of use."""
-    if base is None or base.dtype.name != "float32" or (level == "fast" and values not in STEPS):
-        return None
-    held = base.bits if keep.count == keep.n else keep.compact(base.bits)
-    return sections.Held(canonical(held, base.dtype), delta.block_counts(keep.bools))
+def _kept(
+    source: Source, code: MaskCode, keep: Flags, base: Elements | None, *, nonzero: bool
+) -> Kept:
+    bits = source.whole() if code is MaskCode.DENSE else source.kept(keep)
+    # Where only the non-zero elements are kept there is no -0.0.
+    return Kept(bits if nonzero else canonical(bits, source.dtype), keep, base)
 
 
 def _choose(
@@ -241,7 +253,7 @@ def _choose(
         return min(totals, key=lambda code: (totals[code], code))
     forced = _FORCED[encoding]
     if forced not in totals:
-        if forced in _RELATED:
+        if forced in RELATED_MASKS:
             why = "its mask does not follow from the base tensor of that name"
         else:
             why = "it has 2**32 columns or more"

@@ -10,9 +10,10 @@ from torch import Tensor
 from sparsekit.codec import decoding, on_device
 from sparsekit.codec.elements import Elements
 from sparsekit.codec.flags import Flags
-from sparsekit.codec.records import BOOL, DTYPE_BY_NAME, DType
+from sparsekit.codec.layouts import MAX_DIMS, MAX_NAME_BYTES
+from sparsekit.codec.records import BOOL, DTYPE_BY_NAME, DType, quote
 from sparsekit.codec.sources import HostSource, Source
-from sparsekit.codec.wire import MAX_DIMS, MAX_NAME_BYTES, Placed, quote
+from sparsekit.codec.wire import Placed
 from sparsekit.errors import ArgumentError, ArgumentTypeError
 from sparsekit.types import State
 

@@ -11,8 +11,8 @@ from sparsekit.codec.core import digest_elements
 from sparsekit.codec.elements import Bits, Elements, unsigned
 from sparsekit.codec.pattern import pattern_positions
 from sparsekit.codec.positions import CHUNK, Bools, Positions
-from sparsekit.codec.records import BOOL, MaskCode, Record, ValueCode
-from sparsekit.codec.wire import NO_BASE, Header, Placed, quote
+from sparsekit.codec.records import BOOL, DType, MaskCode, Record, ValueCode, quote
+from sparsekit.codec.wire import NO_BASE, Header, Placed
 from sparsekit.errors import BaseMismatchError, BudgetError, FormatError
 
 
@@ -60,24 +60,49 @@ def decode_record(payload: memoryview, placed: Placed, base: Mapping[str, Elemen
             bits = sections.expand_bitmap(
                 mask_section, value_section, record.dtype, record.n, record.k
             )
-        elif record.mask_code == MaskCode.DENSE:
-            bits = np.empty(record.n, unsigned(record.dtype))
-            read = sections.value_reader(value_section, record, record.dtype)
-            size = BLOCK if record.value_code == ValueCode.DELTA else CHUNK
-            for start in range(0, record.n, size):
-                stop = min(start + size, record.n)
-                bits[start:stop] = read(start, stop, None if held is None else held[start:stop])
         else:
-            bits = np.zeros(record.n, unsigned(record.dtype))
-            read = sections.value_reader(value_section, record, record.dtype)
-            for start, positions, done in _counted_positions(payload, placed, base):
-                given = None if held is None else held[start:][positions]
-                bits[start:][positions] = read(done, done + positions.size, given)
+            bits = _in_order(payload, placed, base, record.dtype, held)
     except FormatError as error:
         raise FormatError(f"tensor {quote(record.name)}: {error}") from None
     except MemoryError:
         raise BudgetError(_no_memory(record)) from None
     return Elements(record.dtype, record.shape, bits)
+
+
+def _in_order(
+    payload: memoryview,
+    placed: Placed,
+    base: Mapping[str, Elements],
+    dtype: DType,
+    held: Bits | None,
+) -> Bits:
+    """All elements, written from the first to the last.
+
+    The kept ones that are left are at most as many as the elements that are. So the last `k` bytes
+    of the tensor have room for what is still to be read of a plane of `k` bytes.
+    """
+    record = placed.record
+    section = payload[placed.value_at : placed.value_at + record.value_len]
+    bits = np.empty(record.n, unsigned(dtype))
+    octets = bits.view(np.uint8)
+    read = sections.value_reader(section, record, dtype, octets[octets.size - record.k :])
+    if record.mask_code == MaskCode.DENSE:
+        size = BLOCK if record.value_code == ValueCode.DELTA else CHUNK
+        for start in range(0, record.n, size):
+            stop = min(start + size, record.n)
+            bits[start:stop] = read(start, stop, None if held is None else held[start:stop])
+        return bits
+    filled = 0
+    for start, positions, done in _counted_positions(payload, placed, base):
+        given = None if held is None else held[start:][positions]
+        values = read(done, done + positions.size, given)
+        if positions.size:
+            end = start + int(positions[-1]) + 1
+            bits[filled:end] = 0
+            bits[start:][positions] = values
+            filled = end
+    bits[filled:] = 0
+    return bits
 
 
 def is_plain_bitmap(record: Record) -> bool:
@@ -160,7 +185,7 @@ def _positions(
         case MaskCode.SUBSET:
             held = _base_tensor(record, base)
             return related.subset_positions(section, record.subset, record.k, held)
-        case MaskCode.PREDICTED:
+        case MaskCode.PREDICTED | MaskCode.RANKED:
             return predicted.positions(section, record.predicted, _base_tensor(record, base))
         case MaskCode.ALL_ZERO:
             return iter(())

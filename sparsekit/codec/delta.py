@@ -8,14 +8,16 @@ noise and stays as it is.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from sparsekit.codec import frames, half
-from sparsekit.codec.based_codes import BLOCK, DeltaCode
+from sparsekit.codec.based_codes import DeltaCode
 from sparsekit.codec.codes import LAYOUTS
 from sparsekit.codec.elements import Bits
+from sparsekit.codec.kept import Chunk, Kept
 from sparsekit.errors import FormatError
 
 _Ints = npt.NDArray[np.signedinteger]
@@ -26,51 +28,91 @@ _MOST_LENGTH = 33
 _LEAST_VALUES = 32
 
 
-def pack(
-    bits: Bits, kind: str, base: Bits, counts: _Ints
-) -> tuple[DeltaCode, memoryview, int] | None:
-    """Parameters, section and expected bits of values; None where they are too few.
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Differences, all but compressed."""
 
-    `bits` are of that kind already, `base` of float32; `counts` are the numbers of values in each
-    block of elements.
+    kind: str
+    smallest: int
+    plane: npt.NDArray[np.uint8]
+    parts: list[bytes]
+    expected_bits: int
+
+    def section(self) -> tuple[DeltaCode, list[bytes]]:
+        """Parameters, and the section in pieces."""
+        plane = frames.compress(self.plane)
+        return DeltaCode(self.kind, self.smallest, len(plane)), [plane, *self.parts]
+
+
+def pack(kept: Kept, kind: str) -> Packed | None:
+    """Differences of values to those of a float32 base; None where they are too few.
+
+    The values are of that kind already.
     """
-    if not _LEAST_VALUES <= bits.size < 2**32:
+    if not _LEAST_VALUES <= kept.bits.size < 2**32:
         return None
-    base = _of_kind(base, kind)
-    difference = _ordered(bits) - _ordered(base)
-    m = np.abs(difference)
+    most = 0
+    for chunk in kept.chunks():
+        difference, base = _differences(chunk, kind)
+        changed = difference != 0
+        if changed.any():
+            most = max(most, int((_lengths(difference) + _weight(base, kind))[changed].max()))
+    smallest = most - _LARGEST
+    plane = np.empty(kept.bits.size, np.uint8)
+    parts: list[bytes] = []
+    counts = np.zeros(256, np.int64)
+    done = 0
+    for chunk in kept.chunks():
+        first, low, width = _fields(*_differences(chunk, kind), kind, smallest)
+        counts += frames.byte_counts(first)
+        plane[done : done + first.size] = first
+        done += first.size
+        end = 0
+        for count in chunk.counts:
+            start, end = end, end + count
+            parts.append(_pack_low(low[start:end], width[start:end]))
+    expected = frames.expected_bits(counts) + 8 * sum(map(len, parts))
+    return Packed(kind, smallest, plane, parts, expected)
+
+
+def _differences(chunk: Chunk, kind: str) -> tuple[_Ints, Bits]:
+    """Differences of ordered patterns, and the base's patterns."""
+    assert chunk.held is not None
+    base = _of_kind(chunk.held, kind)
+    return _ordered(chunk.bits) - _ordered(base), base
+
+
+def _lengths(difference: _Ints) -> _Ints:
     # Exact: numbers of up to 33 bits are doubles.
-    length = np.frexp(m.astype(np.float64))[1].astype(np.int64)
+    return np.frexp(difference.astype(np.float64))[1].astype(np.int64)
+
+
+def _fields(
+    difference: _Ints, base: Bits, kind: str, smallest: int
+) -> tuple[npt.NDArray[np.uint8], _Ints, _Ints]:
+    """Bytes of the plane, stored bits, and how many these are."""
+    m = np.abs(difference)
     weight = _weight(base, kind)
     changed = m > 0
-    most = int((length + weight)[changed].max()) if changed.any() else 0
-    smallest = most - _LARGEST
-    size_class = np.where(changed, np.maximum(length + weight - smallest, 1), 0)
+    size_class = np.where(changed, np.maximum(_lengths(m) + weight - smallest, 1), 0)
     below, width = _widths(size_class, weight, smallest)
     top = np.where(below >= _TOP_BITS, m >> np.maximum(below - _TOP_BITS, 0),
                    m << np.maximum(_TOP_BITS - below, 0)) & 7  # fmt: skip
     first = (size_class << _TOP_BITS | np.where(changed, top, 0)).astype(np.uint8)
     low_width = np.maximum(width - 1, 0)
     low = (m & (np.int64(1) << low_width) - 1) | (difference < 0).astype(np.int64) << low_width
-    low = np.where(changed, low, 0)
-    ends = np.cumsum(counts)
-    parts = [
-        _pack_low(low[end - count : end], width[end - count : end])
-        for count, end in zip(counts, ends, strict=True)
-    ]
-    plane = frames.compress(first)
-    section = b"".join([plane, *parts])
-    expected = frames.expected_bits(first) + 8 * sum(map(len, parts))
-    return DeltaCode(kind, smallest, len(plane)), memoryview(section), expected
+    return first, np.where(changed, low, 0), width
 
 
-def reader(section: memoryview, code: DeltaCode, k: int) -> Callable[[int, int, Bits | None], Bits]:
+def reader(
+    section: memoryview, code: DeltaCode, k: int, scratch: npt.NDArray[np.uint8] | None = None
+) -> Callable[[int, int, Bits | None], Bits]:
     """Return a function that gives the values from one index to another, each once, in order.
 
     They must be the values of one block after another; its third argument is what the base holds
-    in their places.
+    in their places. `scratch` is as for `frames.plane_reader`.
     """
-    plane = frames.plane_reader(section[: code.first_len], k)
+    plane = frames.plane_reader(section[: code.first_len], k, scratch)
     packed = np.frombuffer(section[code.first_len :], np.uint8)
     at = 0
 
@@ -104,12 +146,6 @@ def reader(section: memoryview, code: DeltaCode, k: int) -> Callable[[int, int, 
         return bits if code.kind == "float32" else half.widen(bits, code.kind)
 
     return read
-
-
-def block_counts(keep: npt.NDArray[np.bool_]) -> _Ints:
-    """Kept elements of each block."""
-    starts = range(0, keep.size, BLOCK)
-    return np.array([np.count_nonzero(keep[i : i + BLOCK]) for i in starts], np.int64)
 
 
 def _of_kind(base: Bits, kind: str) -> Bits:

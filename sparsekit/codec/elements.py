@@ -46,8 +46,14 @@ def canonical(bits: Bits, dtype: DType) -> Bits:
     """The same elements with +0.0 for -0.0; a copy only where one occurs."""
     if not dtype.sign_bit:
         return bits
-    other = bits != bits.dtype.type(dtype.sign_bit)
-    return bits if other.all() else bits * other
+    found = bits
+    for start in range(0, bits.size, CHUNK):
+        other = bits[start : start + CHUNK] != bits.dtype.type(dtype.sign_bit)
+        if not other.all():
+            if found is bits:
+                found = bits.copy()
+            found[start : start + CHUNK] *= other
+    return found
 
 
 def magnitudes(bits: Bits, dtype: DType) -> Bits:

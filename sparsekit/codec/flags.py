@@ -74,6 +74,13 @@ class Flags:
             return found
         return np.packbits(self.bools, bitorder="little")
 
+    def between(self, start: int, stop: int) -> Bools:
+        """One byte for each element from one index, a multiple of 8, to another."""
+        if "bools" in self.__dict__:
+            return self.bools[start:stop]
+        packed = self.packed[start // 8 : -(-stop // 8)]
+        return np.unpackbits(packed, count=stop - start, bitorder="little").view(np.bool_)
+
     @cached_property
     def count(self) -> int:
         """How many are kept."""

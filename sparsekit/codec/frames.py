@@ -10,6 +10,9 @@ import zstandard
 from sparsekit.errors import FormatError
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
+Read: TypeAlias = Callable[[int, bool], Bytes]
+"""Gives the next bytes; says whether they must be the last."""
+Counts: TypeAlias = npt.NDArray[np.int64]
 
 _LEVEL = 1
 # Planes of noise hold no sequences: a table this small is passed in half the time, and what it
@@ -21,6 +24,9 @@ _WINDOW_LOG = 17
 _LOG2 = np.round(np.log2(1 + np.arange(256) / 256) * 2**16).astype(np.int64)
 # What a frame takes beside its codes, about.
 _TABLE_BITS = 400
+# Blocks of fewer bytes on average are refused: each takes time, and may hold nothing at all.
+_FREE_BLOCKS = 16
+_LEAST_BLOCK = 1024
 # Type of a block that stores one byte for many.
 _REPEATED = 1
 
@@ -38,17 +44,22 @@ def compress(plain: Bytes, *, repeats: bool = False) -> bytes:
     return frame if len(frame) < plain.size else plain.tobytes()
 
 
-def expected_bits(plane: Bytes) -> int:
+def byte_counts(plane: Bytes) -> Counts:
+    """How often each of the 256 bytes occurs."""
+    return np.bincount(plane, minlength=256)
+
+
+def expected_bits(counts: Counts) -> int:
     """Size of a plane by the counts of its bytes, in whole numbers: the same on every machine."""
-    counts = np.bincount(plane, minlength=256)
+    size = int(counts.sum())
     counts = counts[counts > 0]
-    fraction, exponent = np.frexp(np.append(counts, plane.size).astype(np.float64))
+    fraction, exponent = np.frexp(np.append(counts, size).astype(np.float64))
     logs = (exponent.astype(np.int64) << 16) + _LOG2[((2 * fraction - 1) * 256).astype(np.intp)]
     coded = int((counts * (logs[-1] - logs[:-1])).sum()) >> 16
-    return min(coded + _TABLE_BITS, 8 * plane.size)
+    return min(coded + _TABLE_BITS, 8 * size)
 
 
-def reader(section: memoryview, size: int) -> Callable[[int, bool], Bytes]:
+def reader(section: memoryview, size: int) -> Read:
     """Return a function that gives the next bytes of a frame, and whether they must be the last.
 
     Parameters
@@ -72,20 +83,38 @@ def reader(section: memoryview, size: int) -> Callable[[int, bool], Bytes]:
     return read
 
 
-def plane_reader(section: memoryview, k: int) -> Callable[[int, bool], Bytes]:
-    """Return a function as `reader` does, for `k` bytes that `compress` has written."""
-    if len(section) != k:
+def plane_reader(section: memoryview, k: int, scratch: Bytes | None = None) -> Read:
+    """Return a function as `reader` does, for `k` bytes that `compress` has written.
+
+    A frame is decompressed at once into `scratch`, `k` bytes that nobody writes to before they are
+    read: zstd then needs a tenth of a MiB, and not six. Without it, piece by piece.
+    """
+    if len(section) == k:
+        plain = np.frombuffer(section, np.uint8)
+    elif scratch is None:
         return reader(section, k)
-    raw = np.frombuffer(section, np.uint8)
+    else:
+        plain = scratch
+        _fill(section, plain)
     at = 0
 
-    def next_raw(count: int, last: bool) -> Bytes:
+    def take(count: int, last: bool) -> Bytes:
         nonlocal at
         del last
         at += count
-        return raw[at - count : at]
+        return plain[at - count : at]
 
-    return next_raw
+    return take
+
+
+def _fill(section: memoryview, plain: Bytes) -> None:
+    stream = _stream(section, plain.size)
+    try:
+        if stream.readinto(plain.data) == plain.size and not stream.read(1):
+            return
+    except zstandard.ZstdError as error:
+        raise FormatError(f"a frame is damaged: {error}") from None
+    raise FormatError(f"a frame does not hold {plain.size} bytes")
 
 
 def _stream(section: memoryview, size: int) -> zstandard.ZstdDecompressionReader:
@@ -99,8 +128,11 @@ def _stream(section: memoryview, size: int) -> zstandard.ZstdDecompressionReader
     if frame.window_size > 1 << _WINDOW_LOG:
         raise FormatError("a frame asks for too much memory")
     # zstandard says neither where a frame ends nor that something follows it.
-    last = False
+    last, blocks = False, _FREE_BLOCKS + size // _LEAST_BLOCK
     while not last:
+        blocks -= 1
+        if blocks < 0:
+            raise FormatError(f"a frame has too many blocks for {size} bytes")
         if at + 3 > len(section):
             raise FormatError("a frame has no end")
         block = int.from_bytes(section[at : at + 3], "little")

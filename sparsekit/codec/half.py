@@ -10,17 +10,31 @@ import numpy as np
 
 from sparsekit.codec import split
 from sparsekit.codec.codes import HalfCode
+from sparsekit.codec.positions import CHUNK
 from sparsekit.codec.records import DTYPE_BY_NAME
 from sparsekit.codec.split import Bits
+from sparsekit.codec.wire import Buffer
 
 _EXPONENT = 0x7F800000
 
 
-def overflows(bits: Bits, kind: str) -> bool:
-    """Whether a finite float32 would become infinite."""
-    finite = bits[(bits & _EXPONENT) != _EXPONENT]
+def round_all(bits: Bits, kind: str) -> Bits:
+    """As `narrow`, with +0.0 for -0.0, to which a small number may round.
+
+    Raises
+    ------
+    OverflowError
+        If a finite float32 becomes infinite.
+    """
     infinity = 0x7C00 if kind == "float16" else 0x7F80
-    return bool(((narrow(finite, kind) & 0x7FFF) == infinity).any())
+    found = np.empty(bits.size, "<u2")
+    for start in range(0, bits.size, CHUNK):
+        wide = bits[start : start + CHUNK]
+        some = narrow(wide, kind)
+        if (((some & 0x7FFF) == infinity) & ((wide & _EXPONENT) != _EXPONENT)).any():
+            raise OverflowError
+        found[start : start + CHUNK] = some * (some != 0x8000)
+    return found
 
 
 def narrow(bits: Bits, kind: str) -> Bits:
@@ -50,18 +64,23 @@ def rounded(bits: Bits, kind: str) -> Bits:
     return canonical
 
 
-def pack(narrowed: Bits, kind: str, coded: bool) -> tuple[HalfCode, memoryview]:
-    """Section of rounded values and its parameters."""
+def pack(narrowed: Bits, kind: str, coded: bool) -> tuple[HalfCode, list[Buffer]]:
+    """Section of rounded values, in pieces, and its parameters."""
     packed = split.pack(narrowed, DTYPE_BY_NAME[kind]) if coded else None
     if packed is None:
-        return HalfCode(kind, None), narrowed.astype("<u2", copy=False).view(np.uint8).data
+        return HalfCode(kind, None), [narrowed.astype("<u2", copy=False).view(np.uint8).data]
     return HalfCode(kind, packed[0]), packed[1]
 
 
-def reader(section: memoryview, code: HalfCode, k: int) -> Callable[[int, int], Bits]:
-    """Return a function that gives the values from one index to another, each once, in order."""
+def reader(
+    section: memoryview, code: HalfCode, k: int, scratch: split.Bytes | None = None
+) -> Callable[[int, int], Bits]:
+    """Return a function that gives the values from one index to another, each once, in order.
+
+    `scratch` is as for `frames.plane_reader`.
+    """
     if code.split is not None:
-        inner = split.reader(section, code.split, DTYPE_BY_NAME[code.kind], k)
+        inner = split.reader(section, code.split, DTYPE_BY_NAME[code.kind], k, scratch)
         return lambda start, stop: widen(inner(start, stop), code.kind)
     values = np.frombuffer(section, "<u2")
     return lambda start, stop: widen(values[start:stop], code.kind)

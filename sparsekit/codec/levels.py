@@ -5,6 +5,7 @@ the error of this rounding along with it: it does not add up (a closed loop, err
 Reading back is one multiplication and one addition in float32, the same on every machine.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from sparsekit.codec import frames
 from sparsekit.codec.based_codes import LEAST_STEP, LEVELS, PAIRED, LevelCode
 from sparsekit.codec.elements import Bits
+from sparsekit.codec.kept import Chunk, Kept
 from sparsekit.errors import FormatError
 
 _Levels = npt.NDArray[np.int8]
@@ -25,7 +27,7 @@ _LEAST_VALUES = 16
 _STEP_OF_RMS = {4: 0.72, 8: 0.05}
 
 
-def pack(bits: Bits, base: Bits | None, kind: int) -> tuple[LevelCode, memoryview] | None:
+def pack(kept: Kept, kind: int) -> tuple[LevelCode, list[bytes]] | None:
     """Parameters and section of float32 values; None where they are too few.
 
     Raises
@@ -33,28 +35,43 @@ def pack(bits: Bits, base: Bits | None, kind: int) -> tuple[LevelCode, memoryvie
     OverflowError
         If a difference is not finite.
     """
-    if bits.size < _LEAST_VALUES:
+    k = kept.bits.size
+    if k < _LEAST_VALUES:
         return None
-    differences = np.ascontiguousarray(bits, "<u4").view("<f4")
-    if base is not None:
-        with np.errstate(over="ignore", invalid="ignore"):
-            differences = differences - np.ascontiguousarray(base, "<u4").view("<f4")
-    most = np.abs(differences).max()
-    if not np.isfinite(most):
-        raise OverflowError
-    step = np.float32(most / np.float32(LEVELS[kind]))
-    root = np.sqrt(np.square(differences, dtype=np.float64).mean())
-    best = np.float32(_STEP_OF_RMS[kind] * root)
+    most = np.float32(0)
+    squares = []
+    for chunk in kept.chunks():
+        differences = _differences(chunk)
+        if differences.size:
+            largest = np.abs(differences).max()
+            if not np.isfinite(largest):
+                raise OverflowError
+            most = max(most, largest)
+            squares.append(float(np.square(differences, dtype=np.float64).sum()))
+    step = most / np.float32(LEVELS[kind])
+    best = np.float32(_STEP_OF_RMS[kind] * math.sqrt(math.fsum(squares) / k))
     step = min(step, best) if kind == 4 else max(step, best)
     if 0 < step < LEAST_STEP:
         return None
-    code = LevelCode(kind, base is not None, float(step))
-    levels = np.zeros(bits.size, np.int8)
-    if step > 0:
+    code = LevelCode(kind, kept.base is not None, float(step))
+    levels = np.zeros(k, np.int8)
+    done = 0
+    for chunk in kept.chunks() if step > 0 else ():
         with np.errstate(over="ignore"):
-            steps = np.rint(differences / step)
-        levels = np.clip(steps, -LEVELS[kind], LEVELS[kind]).astype(np.int8)
-    return code, memoryview(frames.compress(_plane_of(levels, kind)))
+            steps = np.rint(_differences(chunk) / step)
+        first, done = done, done + steps.size
+        levels[first:done] = np.clip(steps, -LEVELS[kind], LEVELS[kind])
+    return code, [frames.compress(_plane_of(levels, kind))]
+
+
+def _differences(chunk: Chunk) -> npt.NDArray[np.float32]:
+    values = np.ascontiguousarray(chunk.bits, "<u4").view("<f4")
+    if chunk.held is None:
+        return values
+    with np.errstate(over="ignore", invalid="ignore"):
+        difference: npt.NDArray[np.float32]
+        difference = values - np.ascontiguousarray(chunk.held, "<u4").view("<f4")
+    return difference
 
 
 def _plane_of(levels: _Levels, kind: int) -> npt.NDArray[np.uint8]:
@@ -66,12 +83,17 @@ def _plane_of(levels: _Levels, kind: int) -> npt.NDArray[np.uint8]:
     return digits[::2] * np.uint8(PAIRED) + digits[1::2]
 
 
-def reader(section: memoryview, code: LevelCode, k: int) -> Callable[[int, int, Bits | None], Bits]:
+def reader(
+    section: memoryview, code: LevelCode, k: int, scratch: npt.NDArray[np.uint8] | None = None
+) -> Callable[[int, int, Bits | None], Bits]:
     """Return a function that gives the values from one index to another, each once, in order.
 
-    Its third argument is what the base holds in their places.
+    Its third argument is what the base holds in their places; `scratch` is as for
+    `frames.plane_reader`.
     """
-    next_levels = _bytes_reader(section, code, k) if code.bits == 8 else _pairs(section, code, k)
+    size = code.plane_bytes(k)
+    plane = frames.plane_reader(section, size, None if scratch is None else scratch[-size:])
+    next_levels = _bytes_reader(plane, code, k) if code.bits == 8 else _pairs(plane, code, k)
     step = np.float32(code.step)
 
     def read(start: int, stop: int, base: Bits | None) -> Bits:
@@ -92,9 +114,7 @@ def reader(section: memoryview, code: LevelCode, k: int) -> Callable[[int, int, 
     return read
 
 
-def _bytes_reader(section: memoryview, code: LevelCode, k: int) -> Callable[[int, int], _Levels]:
-    plane = frames.plane_reader(section, k)
-
+def _bytes_reader(plane: frames.Read, code: LevelCode, k: int) -> Callable[[int, int], _Levels]:
     def read(start: int, stop: int) -> _Levels:
         levels = plane(stop - start, stop == k).view(np.int8)
         if levels.size and levels.min() < -LEVELS[code.bits]:
@@ -104,9 +124,8 @@ def _bytes_reader(section: memoryview, code: LevelCode, k: int) -> Callable[[int
     return read
 
 
-def _pairs(section: memoryview, code: LevelCode, k: int) -> Callable[[int, int], _Levels]:
+def _pairs(plane: frames.Read, code: LevelCode, k: int) -> Callable[[int, int], _Levels]:
     size = code.plane_bytes(k)
-    plane = frames.plane_reader(section, size)
     waiting = np.empty(0, np.uint8)
 
     def read(start: int, stop: int) -> _Levels:

@@ -9,6 +9,7 @@ from sparsekit.codec.based_codes import (
     DELTA_PARAMETERS,
     LEVEL_PARAMETERS,
     PREDICTED_PARAMETERS,
+    RANKED_PARAMETERS,
     SUBSET_PARAMETERS,
     DeltaCode,
     LevelCode,
@@ -17,6 +18,7 @@ from sparsekit.codec.based_codes import (
     parse_delta,
     parse_levels,
     parse_predicted,
+    parse_ranked,
     parse_subset,
 )
 from sparsekit.codec.codes import (
@@ -44,6 +46,7 @@ class MaskCode(enum.IntEnum):
     SUBSET = 6
     PREDICTED = 7
     CSR = 9
+    RANKED = 10
 
 
 class ValueCode(enum.IntEnum):
@@ -58,11 +61,14 @@ class ValueCode(enum.IntEnum):
 
 MINOR_0_MASKS = (MaskCode.DENSE, MaskCode.ALL_ZERO, MaskCode.BITMAP, MaskCode.SAME, MaskCode.CSR)
 """Mask codes that format 1.0 has."""
+RELATED_MASKS = (MaskCode.SAME, MaskCode.SUBSET, MaskCode.PREDICTED, MaskCode.RANKED)
+"""Mask codes that lean on the base."""
 
 _MASK_PARAMETERS = {
     MaskCode.RICE: 1,
     MaskCode.SUBSET: SUBSET_PARAMETERS.size,
     MaskCode.PREDICTED: PREDICTED_PARAMETERS.size,
+    MaskCode.RANKED: RANKED_PARAMETERS.size,
 }
 _VALUE_PARAMETERS = {
     ValueCode.SPLIT: SPLIT_PARAMETERS.size,
@@ -154,7 +160,9 @@ class Record:
 
     @property
     def predicted(self) -> PredictedCode:
-        """Parameters of a predicted mask."""
+        """Parameters of a predicted or a ranked mask."""
+        if self.mask_code == MaskCode.RANKED:
+            return parse_ranked(self.parameters[: RANKED_PARAMETERS.size], self.n)
         return parse_predicted(self.parameters[: PREDICTED_PARAMETERS.size])
 
     @property
@@ -174,7 +182,7 @@ class Record:
     @property
     def mask_needs_base(self) -> bool:
         """Whether the mask cannot be read without the base."""
-        return self.mask_code in (MaskCode.SAME, MaskCode.SUBSET, MaskCode.PREDICTED)
+        return self.mask_code in RELATED_MASKS
 
     @property
     def values_need_base(self) -> bool:
@@ -183,9 +191,21 @@ class Record:
         return self.value_code == ValueCode.DELTA or (levels and self.levels.based)
 
     @property
+    def minor(self) -> int:
+        """Minor version of the format that its codes need."""
+        if self.mask_code == MaskCode.RANKED:
+            return 2
+        return int(self.mask_code not in MINOR_0_MASKS or self.value_code != ValueCode.RAW)
+
+    @property
     def n(self) -> int:
         """Elements of the tensor."""
         return math.prod(self.shape)
+
+
+def quote(name: str) -> str:
+    """A name fit for an error message: escaped, and cut where a hostile one is endless."""
+    return repr(name) if len(name) <= 80 else repr(name[:80]) + "..."
 
 
 def csr_grid(shape: Sequence[int]) -> tuple[int, int]:
@@ -221,7 +241,7 @@ def mask_bytes(code: MaskCode, shape: Sequence[int], k: int) -> int | None:
             return -(-math.prod(shape) // 8) - 1
         case MaskCode.DENSE | MaskCode.ALL_ZERO | MaskCode.SAME:
             return 0
-        case MaskCode.SUBSET | MaskCode.PREDICTED:
+        case MaskCode.SUBSET | MaskCode.PREDICTED | MaskCode.RANKED:
             raise AssertionError("their size depends on the base")
 
 

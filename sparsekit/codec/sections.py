@@ -1,20 +1,18 @@
 """Mask and value sections in NumPy: what stands between two records' offsets."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from sparsekit.codec import compiled, delta, frames, half, levels, rice, split
+from sparsekit.codec import compiled, delta, frames, half, levels, split
 from sparsekit.codec.codes import choose_rice
 from sparsekit.codec.elements import Bits, unsigned
 from sparsekit.codec.flags import Flags, bitmap_kernel
-from sparsekit.codec.positions import (
-    check_tail,
-    flat_positions,
-)
+from sparsekit.codec.kept import Kept
+from sparsekit.codec.positions import CHUNK, check_tail, positions_in
 from sparsekit.codec.records import (
     BOOL,
     DTYPE_BY_NAME,
@@ -25,6 +23,7 @@ from sparsekit.codec.records import (
     csr_grid,
     csr_width,
 )
+from sparsekit.codec.wire import Buffer
 from sparsekit.errors import FormatError
 
 Section: TypeAlias = memoryview
@@ -42,14 +41,6 @@ Kind: TypeAlias = str | int | None
 """Name of a type of 16 bits, or number of bits of a level."""
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
-    """What the base holds in the places of the kept elements."""
-
-    bits: Bits
-    block_counts: npt.NDArray[np.int64]
-
-
 def pack_mask(code: MaskCode, keep: Flags, shape: tuple[int, ...]) -> tuple[bytes, Section]:
     """Parameters and mask section of a flat mask."""
     match code:
@@ -57,19 +48,18 @@ def pack_mask(code: MaskCode, keep: Flags, shape: tuple[int, ...]) -> tuple[byte
             return b"", keep.packed.data
         case MaskCode.RICE:
             parameters, _ = choose_rice(keep.n, keep.count)
-            section = compiled.pack_rice(keep, parameters)
-            if section is None:
-                section = rice.pack(keep.bools, parameters)
-            return bytes([parameters.parameter]), section
+            return bytes([parameters.parameter]), compiled.pack_rice(keep, parameters)
         case MaskCode.CSR:
             rows, columns = csr_grid(shape)
             width = csr_width(columns)
             assert width is not None
-            positions = flat_positions(keep.bools)
-            row_starts = np.arange(rows) * columns
-            counts = np.diff(np.searchsorted(positions, row_starts), append=positions.size)
-            places = positions - np.repeat(row_starts, counts)
-            numbers = np.concatenate([counts, places]).astype(f"<u{width}")
+            numbers = np.empty(rows + keep.count, f"<u{width}")
+            numbers[:rows] = np.count_nonzero(keep.bools.reshape(rows, columns), axis=1)
+            done = rows
+            for start in range(0, keep.n, CHUNK):
+                places = positions_in(keep.bools[start : start + CHUNK])
+                numbers[done : done + places.size] = (places + start) % columns
+                done += places.size
             return b"", numbers.view(np.uint8).data
         case MaskCode.DENSE | MaskCode.ALL_ZERO:
             return b"", memoryview(b"")
@@ -102,41 +92,41 @@ def pack_frame(keep: Flags) -> Section | None:
 
 
 def pack_values(
-    bits: Bits, dtype: DType, coded: bool, kind: Kind, held: Held | None
-) -> tuple[ValueCode, bytes, Section]:
-    """Code, parameters and section of the kept elements, which may share the memory of `bits`.
+    kept: Kept, dtype: DType, coded: bool, kind: Kind
+) -> tuple[ValueCode, bytes, list[Buffer]]:
+    """Code, parameters and section, in pieces, of kept elements, whose memory it may share.
 
-    `kind` is what float32 numbers are rounded to, if anything; `held` what the base holds in
-    their places.
+    `kind` is what float32 numbers are rounded to, if anything.
 
     Raises
     ------
     OverflowError
         If a finite number cannot be rounded to that kind.
     """
-    if dtype.name == "float32" and bits.size:
+    if dtype.name == "float32" and kept.bits.size:
         if isinstance(kind, int):
-            stepped = levels.pack(bits, None if held is None else held.bits, kind)
+            stepped = levels.pack(kept, kind)
             if stepped is not None:
-                return ValueCode.LEVELS, stepped[0].parameters, stepped[1]
+                return ValueCode.LEVELS, stepped[0].parameters, [*stepped[1]]
         if isinstance(kind, str):
-            if half.overflows(bits, kind):
-                raise OverflowError
+            # What it was is let go, if nobody else holds it.
+            kept = replace(kept, bits=half.round_all(kept.bits, kind))
             dtype = DTYPE_BY_NAME[kind]
-            bits = half.rounded(bits, kind)
-        if coded and held is not None:
-            moved = delta.pack(bits, dtype.name, held.bits, held.block_counts)
-            if moved is not None and moved[2] < split.expected_bits(bits, dtype):
-                return ValueCode.DELTA, moved[0].parameters, moved[1]
+        if coded and kept.base is not None:
+            moved = delta.pack(kept, dtype.name)
+            if moved is not None and moved.expected_bits < split.expected_bits(kept.bits, dtype):
+                code, pieces = moved.section()
+                return ValueCode.DELTA, code.parameters, [*pieces]
         if isinstance(kind, str):
-            halves = half.pack(bits, kind, coded)
+            halves = half.pack(kept.bits, kind, coded)
             return ValueCode.HALF, halves[0].parameters, halves[1]
+    bits = kept.bits
     packed = split.pack(bits, dtype) if coded else None
     if packed is not None:
         return ValueCode.SPLIT, packed[0].parameters, packed[1]
     if dtype is BOOL:
-        return ValueCode.RAW, b"", np.packbits(bits.view(np.uint8), bitorder="little").data
-    return ValueCode.RAW, b"", bits.astype(unsigned(dtype), copy=False).view(np.uint8).data
+        return ValueCode.RAW, b"", [np.packbits(bits.view(np.uint8), bitorder="little").data]
+    return ValueCode.RAW, b"", [bits.astype(unsigned(dtype), copy=False).view(np.uint8).data]
 
 
 def read_values(section: Section, dtype: DType, k: int) -> Bits:
@@ -149,26 +139,29 @@ def read_values(section: Section, dtype: DType, k: int) -> Bits:
 
 
 def value_reader(
-    section: Section, record: Record, dtype: DType
+    section: Section, record: Record, dtype: DType, scratch: npt.NDArray[np.uint8] | None = None
 ) -> Callable[[int, int, Bits | None], Bits]:
     """Return a function that gives the kept elements from one index to another, in order.
 
-    Its third argument is what the base holds in their places, if the record needs it.
+    Its third argument is what the base holds in their places, if the record needs it. `scratch`
+    is as for `frames.plane_reader`.
     """
     if record.value_code == ValueCode.LEVELS:
-        return levels.reader(section, record.levels, record.k)
+        return levels.reader(section, record.levels, record.k, scratch)
     if record.value_code == ValueCode.DELTA:
-        return delta.reader(section, record.delta, record.k)
-    read = _plain_reader(section, record, dtype)
+        return delta.reader(section, record.delta, record.k, scratch)
+    read = _plain_reader(section, record, dtype, scratch)
     return lambda start, stop, _: read(start, stop)
 
 
-def _plain_reader(section: Section, record: Record, dtype: DType) -> Callable[[int, int], Bits]:
+def _plain_reader(
+    section: Section, record: Record, dtype: DType, scratch: npt.NDArray[np.uint8] | None
+) -> Callable[[int, int], Bits]:
     k = record.k
     if record.value_code == ValueCode.SPLIT:
-        return split.reader(section, record.split, dtype, k)
+        return split.reader(section, record.split, dtype, k, scratch)
     if record.value_code == ValueCode.HALF:
-        return half.reader(section, record.half, k)
+        return half.reader(section, record.half, k, scratch)
     if dtype is not BOOL:
         values = np.frombuffer(section, unsigned(dtype))
         return lambda start, stop: values[start:stop]

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from sparsekit.codec import compiled, frames
 from sparsekit.codec.codes import LAYOUTS, MOST_SPLIT, Layout, SplitCode
 from sparsekit.codec.records import DType
+from sparsekit.codec.wire import Buffer
 from sparsekit.errors import FormatError
 
 Bits = npt.NDArray[np.unsignedinteger]
@@ -22,37 +23,46 @@ Bytes = npt.NDArray[np.uint8]
 
 LEAST_VALUES = 256
 """Fewer values are stored raw: the frames would cost more than they save."""
+# Values at a time.
+_CHUNK = 2**17
 _MOST_SPAN = 31
 _TOP_BITS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class _Planes:
+class _Fields:
     joined: bool
     smallest: int
-    first: Bytes
-    second: Bytes
+    """Exponent, 0 unless `joined`."""
+
+    @classmethod
+    def of(cls, bits: Bits, layout: Layout) -> "_Fields":
+        """Choose for all values."""
+        smallest, largest = 1 << layout.exponent_bits, 0
+        mask = bits.dtype.type((1 << layout.mantissa_bits + layout.exponent_bits) - 1)
+        for start in range(0, bits.size, _CHUNK):
+            sizes = bits[start : start + _CHUNK] & mask
+            smallest = min(smallest, int(sizes.min()) >> layout.mantissa_bits)
+            largest = max(largest, int(sizes.max()) >> layout.mantissa_bits)
+        joined = largest - smallest <= _MOST_SPAN
+        return cls(joined, smallest if joined else 0)
 
 
-def _planes(bits: Bits, layout: Layout) -> _Planes:
-    exponents = (bits >> layout.mantissa_bits & (1 << layout.exponent_bits) - 1).astype(np.uint8)
-    smallest = int(exponents.min())
-    joined = int(exponents.max()) - smallest <= _MOST_SPAN
-    planes = compiled.split(bits, joined, smallest if joined else 0)
+def _planes(bits: Bits, layout: Layout, fields: _Fields) -> tuple[Bytes, Bytes]:
+    """The two upper planes of some values."""
+    planes = compiled.split(bits, fields.joined, fields.smallest)
     if planes is not None:
-        return _Planes(joined, smallest if joined else 0, *planes)
+        return planes
+    exponents = (bits >> layout.mantissa_bits & (1 << layout.exponent_bits) - 1).astype(np.uint8)
     rest_bits = layout.mantissa_bits - 8 * layout.low_bytes
     sign = (bits >> layout.mantissa_bits + layout.exponent_bits).astype(np.uint8)
     rest = bits >> 8 * layout.low_bytes
     first = exponents
-    if joined:
+    if fields.joined:
         rest_bits -= _TOP_BITS
         top = (rest >> rest_bits & (1 << _TOP_BITS) - 1).astype(np.uint8)
-        first = exponents - np.uint8(smallest) << np.uint8(_TOP_BITS) | top
-    else:
-        smallest = 0
-    second = sign << np.uint8(rest_bits) | (rest & (1 << rest_bits) - 1).astype(np.uint8)
-    return _Planes(joined, smallest, first, second)
+        first = exponents - np.uint8(fields.smallest) << np.uint8(_TOP_BITS) | top
+    return first, sign << np.uint8(rest_bits) | (rest & (1 << rest_bits) - 1).astype(np.uint8)
 
 
 def expected_bits(bits: Bits, dtype: DType) -> int:
@@ -60,32 +70,50 @@ def expected_bits(bits: Bits, dtype: DType) -> int:
     if bits.size < LEAST_VALUES:
         return 8 * bits.nbytes
     layout = LAYOUTS[dtype.name]
-    planes = _planes(bits, layout)
+    fields = _Fields.of(bits, layout)
+    counts = np.zeros((2, 256), np.int64)
+    for start in range(0, bits.size, _CHUNK):
+        first, second = _planes(bits[start : start + _CHUNK], layout, fields)
+        counts[0] += frames.byte_counts(first)
+        counts[1] += frames.byte_counts(second)
     plain = 8 * layout.low_bytes * bits.size
-    return plain + frames.expected_bits(planes.first) + frames.expected_bits(planes.second)
+    return plain + frames.expected_bits(counts[0]) + frames.expected_bits(counts[1])
 
 
-def pack(bits: Bits, dtype: DType) -> tuple[SplitCode, memoryview] | None:
-    """Section of values and its parameters; None where raw values are not larger."""
+def pack(bits: Bits, dtype: DType) -> tuple[SplitCode, list[Buffer]] | None:
+    """Parameters and section of values, in pieces; None where raw values are not larger."""
     layout = LAYOUTS.get(dtype.name)
     if layout is None or not LEAST_VALUES <= bits.size < MOST_SPLIT:
         return None
-    split = _planes(bits, layout)
-    planes = [frames.compress(split.first), frames.compress(split.second)]
-    code = SplitCode(split.joined, split.smallest, len(planes[0]))
+    fields = _Fields.of(bits, layout)
+    first, second = np.empty(bits.size, np.uint8), np.empty(bits.size, np.uint8)
+    for start in range(0, bits.size, _CHUNK):
+        part = slice(start, start + _CHUNK)
+        first[part], second[part] = _planes(bits[part], layout, fields)
+    planes: list[Buffer] = [frames.compress(first)]
+    del first
+    planes.append(frames.compress(second))
+    del second
+    code = SplitCode(fields.joined, fields.smallest, len(planes[0]))
     if layout.low_bytes:
-        planes.append((bits & (1 << 8 * layout.low_bytes) - 1).astype("<u2").tobytes())
-    section = b"".join(planes)
-    return None if len(section) >= bits.nbytes else (code, memoryview(section))
+        # The lower half of each number, as it lies there.
+        low = np.ascontiguousarray(bits, f"<u{dtype.itemsize}").view("<u2")[::2].copy()
+        planes.append(low.view(np.uint8).data)
+    return None if sum(map(len, planes)) >= bits.nbytes else (code, planes)
 
 
 def reader(
-    section: memoryview, code: SplitCode, dtype: DType, k: int
+    section: memoryview, code: SplitCode, dtype: DType, k: int, scratch: Bytes | None = None
 ) -> Callable[[int, int], Bits]:
-    """Return a function that gives the values from one index to another, each once, in order."""
+    """Return a function that gives the values from one index to another, each once, in order.
+
+    `scratch` is as for `frames.plane_reader`.
+    """
+    if dtype.name == "float32" and compiled.joins(k):
+        return compiled.join(section, code, k, scratch)
     layout = LAYOUTS[dtype.name]
     low_at = len(section) - k * layout.low_bytes
-    first = frames.plane_reader(section[: code.first_len], k)
+    first = frames.plane_reader(section[: code.first_len], k, scratch)
     second = frames.plane_reader(section[code.first_len : low_at], k)
     low = np.frombuffer(section[low_at:], "<u2") if layout.low_bytes else None
     rest_bits = layout.mantissa_bits - 8 * layout.low_bytes - (_TOP_BITS if code.joined else 0)

@@ -18,13 +18,15 @@ from sparsekit.codec.crossing import (
     source_of,
 )
 from sparsekit.codec.elements import Elements
+from sparsekit.codec.records import quote
 from sparsekit.codec.wire import (
+    RECORD,
     Buffer,
     Header,
     Placed,
     as_bytes_view,
+    described_bytes,
     parse,
-    quote,
 )
 from sparsekit.errors import (
     ArgumentError,
@@ -35,6 +37,8 @@ from sparsekit.errors import (
 from sparsekit.types import Masks, State
 
 DEFAULT_MAX_BYTES = 4 * 2**30
+# For records beside those of a template, which a reader skips.
+_UNNAMED_BYTES = 2**16
 _CPU = torch.device("cpu")
 
 
@@ -70,8 +74,8 @@ def encode(
         part of it few, and float32 values are stored as differences where that is shorter.
     level : {"fast", "balanced", "small"}
         Speed against bytes: "fast" stores bitmaps and raw values, "balanced" codes masks and
-        splits the values of floats, for some 20 % fewer bytes. "small" is "balanced" in this
-        release.
+        splits the values of floats, for some 20 % fewer bytes. "small" is "balanced" with short
+        headers: worth it where many tensors are small or little has changed.
     values : {"lossless", "bf16", "fp16", "int8", "int4"}
         Precision of float32 values. "bf16" and "fp16" round them to 16 bits, to the nearest.
         "int8" and "int4" round the differences to `base` (without one, the values) to 255 or 15
@@ -79,7 +83,8 @@ def encode(
         as they are. What is encoded next should have as its base what this payload decodes to:
         its differences then make up for this rounding. All decode to float32 again, to the same
         bits on every machine. Other dtypes are never rounded.
-    mask_encoding : {"auto", "dense", "bitmap", "rice", "csr", "same", "subset", "predicted"}
+    mask_encoding : str
+        "auto", "dense", "bitmap", "rice", "csr", "same", "subset", "predicted" or "ranked".
         "auto" takes the smallest. Another one is used for every tensor in `masks` (without
         `masks`: of two dimensions or more) that keeps some but not all of its elements.
     round : int
@@ -183,7 +188,8 @@ def decode(
         template's values and device do not matter.
     max_bytes : int, optional
         Most bytes that the decoded tensors may take. With neither `template` nor `max_bytes`
-        the limit is 4 GiB.
+        the limit is 4 GiB. What a header of more than 640 KiB takes is counted as well, at 1 KiB a
+        tensor and 4 bytes for each of its own: some 450 tensors are free.
     device : torch.device or str
         Where the tensors are to be. Those stored as a bitmap and plain values (`encode` with
         ``level="fast"``) are put together on a GPU with Triton; others on the CPU, and copied.
@@ -219,11 +225,13 @@ def decode_each(
     """Check what can be checked at once, and return an iterator that decodes tensor by tensor."""
     view = as_bytes_view(payload)
     limit = _byte_limit(template, max_bytes)
-    header = parse(view)
+    header = parse(view, room=_room(template, limit))
     records = [placed for placed in header.records if placed.record.dtype is not None]
     if template is not None:
         _check_template(records, template)
     needed = sum(r.n * r.dtype.itemsize for p in records if (r := p.record).dtype is not None)
+    if template is None:
+        needed += described_bytes(len(header.records), header.header_len)
     if limit is not None and needed > limit:
         raise BudgetError(
             f"payload: it decodes to {needed} bytes, the limit is {limit}; "
@@ -255,7 +263,7 @@ def decode_masks(payload: Buffer, *, base: State | None = None) -> dict[str, Ten
         As `decode`; masks of more than 4 GiB in all are refused.
     """
     view = as_bytes_view(payload)
-    header = parse(view)
+    header = parse(view, room=DEFAULT_MAX_BYTES)
     records = [placed for placed in header.records if placed.record.dtype is not None]
     needed = sum(placed.record.n for placed in records)
     if needed > DEFAULT_MAX_BYTES:
@@ -303,6 +311,15 @@ def _byte_limit(template: State | None, max_bytes: int | None) -> int | None:
     if max_bytes < 0:
         raise ArgumentError(f"max_bytes: expected 0 or more, got {max_bytes}")
     return max_bytes
+
+
+def _room(template: State | None, limit: int | None) -> int | None:
+    """Memory for a payload's records: what the limit allows, or those of the template take."""
+    if template is None:
+        return limit
+    check_mapping(template, "template")
+    headers = sum(RECORD.size + 128 + len(str(name).encode()) for name in template)
+    return described_bytes(len(template), headers) + _UNNAMED_BYTES
 
 
 def _check_template(records: list[Placed], template: State) -> None:

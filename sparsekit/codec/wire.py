@@ -4,7 +4,6 @@
 `parse` checks every one of them first, with Python integers, which cannot overflow.
 """
 
-import math
 import mmap
 import struct
 from collections.abc import Sequence
@@ -13,41 +12,19 @@ from typing import TypeAlias
 
 import xxhash
 
-from sparsekit.codec.based_codes import (
-    DELTA_PARAMETERS,
-    LEVEL_PARAMETERS,
-    PREDICTED_PARAMETERS,
-    SUBSET_PARAMETERS,
-    LevelCode,
-    PredictedCode,
-    SubsetCode,
-    parse_delta,
-    parse_levels,
-    parse_predicted,
-    parse_subset,
-)
-from sparsekit.codec.codes import (
-    HALF_BYTES,
-    SPLIT_PARAMETERS,
-    HalfCode,
-    SplitCode,
-    parse_half,
-    parse_rice,
-    parse_split,
-)
+from sparsekit.codec import layouts
+from sparsekit.codec.record_checks import check_record
 from sparsekit.codec.records import (
     DTYPES,
-    MINOR_0_MASKS,
     DType,
     MaskCode,
     Record,
     ValueCode,
-    mask_bytes,
-    parameter_bytes,
-    value_bytes,
+    quote,
 )
 from sparsekit.errors import (
     ArgumentTypeError,
+    BudgetError,
     ChecksumError,
     FormatError,
     TruncatedError,
@@ -56,27 +33,30 @@ from sparsekit.errors import (
 
 MAGIC = b"\x89SPU\r\n\x1a\n"
 MAJOR = 1
-MINOR = 1
+MINOR = 2
 NO_BASE = bytes(16)
 
 ALIGNMENT = 8
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_RECORDS = 65_536
-MAX_DIMS = 16
-MAX_EXTENT = 2**32 - 1
-MAX_NAME_BYTES = 2**16 - 1
-MAX_TENSOR_BYTES = 2**63 - 1
 
 # Codes and flag bits below this are critical: a reader that does not know one must refuse.
 # A record with an unknown code from here on holds something a reader can do without.
 ANCILLARY = 128
 CRITICAL_FLAGS = 0x00FF
+SHORT_RECORDS = 0x0001
+# Checksum of all sections, before the first short record.
+_SECTIONS_BYTES = 8
 
 _MASK_CODES = frozenset(map(int, MaskCode))
 _VALUE_CODES = frozenset(map(int, ValueCode))
 
+# Of a record and of what is made of it, measured; and what no budget counts: some 450 records.
+_RECORD_MEMORY = 1024
+_FREE_MEMORY = 640 * 2**10
+
 PREFIX = struct.Struct("<8sBBHIIIQQ16sQ")
-RECORD = struct.Struct("<HHBBBBQQQQ")
+RECORD = layouts.LONG
 CHECKSUM_AT = PREFIX.size - 8
 
 
@@ -110,11 +90,6 @@ def padded(length: int) -> int:
     return -(-length // ALIGNMENT) * ALIGNMENT
 
 
-def quote(name: str) -> str:
-    """A name fit for an error message: escaped, and cut where a hostile one is endless."""
-    return repr(name) if len(name) <= 80 else repr(name[:80]) + "..."
-
-
 def as_bytes_view(payload: Buffer | mmap.mmap) -> memoryview:
     """View a payload as one run of bytes."""
     if not isinstance(payload, bytes | bytearray | memoryview | mmap.mmap):
@@ -125,48 +100,58 @@ def as_bytes_view(payload: Buffer | mmap.mmap) -> memoryview:
     return view.cast("B") if view.c_contiguous else memoryview(view.tobytes())
 
 
-def section_checksum(*sections: bytes | memoryview) -> int:
-    """xxh3_64 over the mask section followed by the value section, without padding."""
+def section_checksum(*sections: Buffer) -> int:
+    """xxh3_64 over the mask section followed by the value section, in pieces without padding."""
     hasher = xxhash.xxh3_64()
     for section in sections:
         hasher.update(section)
     return hasher.intdigest()
 
 
-def pack_header(records: Sequence[Record], *, round: int, base_digest: bytes) -> bytes:
-    """Header bytes, checksum included, for records whose sections follow in this order."""
-    body = b"".join(_pack_record(record) for record in records)
+def pack_header(
+    records: Sequence[Record], *, round: int, base_digest: bytes, sections: int | None = None
+) -> bytes:
+    """Header bytes, checksum included, for records whose sections follow in this order.
+
+    `sections` is the checksum of all sections; with it the records are short.
+    """
+    short = sections is not None
+    body = b"" if sections is None else sections.to_bytes(8, "little")
+    pack = layouts.pack_short if short else layouts.pack_long
+    before = b""
+    parts = [body]
+    for record in records:
+        parts.append(pack(record, before))
+        before = record.name.encode()
+    body = b"".join(parts)
     body += bytes(padded(len(body)) - len(body))
     header_len = PREFIX.size + len(body)
-    sections = sum(padded(r.mask_len) + padded(r.value_len) for r in records)
+    size = sum(padded(r.mask_len) + padded(r.value_len) for r in records)
     # The lowest version that has all the codes, for the sake of older readers.
-    newer = any(r.mask_code not in MINOR_0_MASKS or r.value_code != ValueCode.RAW for r in records)
+    minor = max((r.minor for r in records), default=0)
     prefix = PREFIX.pack(
-        MAGIC, MAJOR, MINOR if newer else 0, 0, header_len, len(records), 0,
-        header_len + sections, round, base_digest, 0,
+        MAGIC, MAJOR, MINOR if short else minor, SHORT_RECORDS if short else 0, header_len,
+        len(records), 0, header_len + size, round, base_digest, 0,
     )  # fmt: skip
     checksum = xxhash.xxh3_64_intdigest(prefix[:CHECKSUM_AT] + body)
     return prefix[:CHECKSUM_AT] + checksum.to_bytes(8, "little") + body
 
 
-def _pack_record(record: Record) -> bytes:
-    assert record.dtype is not None
-    name = record.name.encode()
-    fixed = RECORD.pack(
-        len(name), len(record.parameters), record.dtype.code, len(record.shape),
-        record.mask_code, record.value_code, record.k, record.mask_len, record.value_len,
-        record.checksum,
-    )  # fmt: skip
-    return fixed + struct.pack(f"<{len(record.shape)}I", *record.shape) + record.parameters + name
+def described_bytes(n_records: int, header_len: int) -> int:
+    """Memory that a header of so many records and bytes takes at most, apart from a free share."""
+    # Objects of a record and its tensor; names as text of 4 bytes a character.
+    return max(0, _RECORD_MEMORY * n_records + 4 * header_len - _FREE_MEMORY)
 
 
-def parse(payload: memoryview) -> Header:
+def parse(payload: memoryview, *, room: int | None = None) -> Header:
     """Check the whole header, the tiling, the padding and the checksums of a payload.
 
     Parameters
     ----------
     payload : memoryview, bytes
         The payload from its first to its last byte.
+    room : int, optional
+        Most bytes that its records may take once they are objects, as `described_bytes` counts.
 
     Returns
     -------
@@ -177,13 +162,24 @@ def parse(payload: memoryview) -> Header:
     Raises
     ------
     CodecError
-        `TruncatedError`, `VersionError`, `ChecksumError` or `FormatError`.
+        `TruncatedError`, `VersionError`, `ChecksumError`, `FormatError` or `BudgetError`.
     """
-    (_, major, minor, _, header_len, n_records, _, file_len, round_, base_digest, _) = (
+    (_, major, minor, flags, header_len, n_records, _, file_len, round_, base_digest, _) = (
         _checked_prefix(payload)
     )
-    records = _parse_records(payload[PREFIX.size : header_len], n_records)
-    placed = _place(payload, records, header_len, file_len)
+    if room is not None and described_bytes(n_records, header_len) > room:
+        raise BudgetError(
+            f"payload: its {n_records} records in a header of {header_len} bytes take more memory "
+            "than is allowed; pass a larger max_bytes if the sender is to be trusted with it"
+        )
+    body = payload[PREFIX.size : header_len]
+    sections = None
+    if flags & SHORT_RECORDS:
+        sections = int.from_bytes(body[:_SECTIONS_BYTES], "little")
+        records = _parse_records(body[_SECTIONS_BYTES:], n_records, layouts.read_short)
+    else:
+        records = _parse_records(body, n_records, layouts.read_long)
+    placed = _place(payload, records, header_len, file_len, sections)
     uses_base = any(
         r.dtype is not None and (r.mask_needs_base or r.values_need_base) for r in records
     )
@@ -208,8 +204,9 @@ def _checked_prefix(payload: memoryview) -> tuple[bytes, int, int, int, int, int
             f"payload: expected major version {MAJOR}, got {major}; "
             "decode it with a release of sparsekit that writes that version"
         )
-    if flags & CRITICAL_FLAGS:
-        raise VersionError(f"payload: unknown critical flags {flags & CRITICAL_FLAGS:#04x}")
+    unknown = flags & CRITICAL_FLAGS & ~SHORT_RECORDS
+    if unknown:
+        raise VersionError(f"payload: unknown critical flags {unknown:#04x}")
     if len(payload) < file_len:
         raise TruncatedError(f"payload: expected {file_len} bytes, got {len(payload)}")
     if len(payload) > file_len:
@@ -220,7 +217,10 @@ def _checked_prefix(payload: memoryview) -> tuple[bytes, int, int, int, int, int
         raise FormatError(f"payload: a header of {header_len} bytes is not possible")
     if reserved:
         raise FormatError("payload: the reserved header field is not zero")
-    if n_records > min(MAX_RECORDS, (header_len - PREFIX.size) // RECORD.size):
+    room, least = header_len - PREFIX.size, RECORD.size
+    if flags & SHORT_RECORDS:
+        room, least = room - _SECTIONS_BYTES, layouts.LEAST_SHORT
+    if room < 0 or n_records > min(MAX_RECORDS, room // least):
         raise FormatError(f"payload: {n_records} records do not fit the header")
     hasher = xxhash.xxh3_64(payload[:CHECKSUM_AT])
     hasher.update(payload[PREFIX.size : header_len])
@@ -229,34 +229,25 @@ def _checked_prefix(payload: memoryview) -> tuple[bytes, int, int, int, int, int
     return fields
 
 
-def _parse_records(body: memoryview, n_records: int) -> list[Record]:
+def _parse_records(body: memoryview, n_records: int, read: layouts.Reader) -> list[Record]:
     records = []
     names = set()
     at = 0
+    raw = b""
     for index in range(n_records):
-        if at + RECORD.size > len(body):
-            raise FormatError(f"record {index}: it ends beyond the header")
-        fields = RECORD.unpack_from(body, at)
-        name_len, param_len, dtype, ndim, mask, value, k, mask_len, value_len, checksum = fields
-        at += RECORD.size
-        if ndim > MAX_DIMS:
-            raise FormatError(f"record {index}: {ndim} dimensions, at most {MAX_DIMS} are allowed")
-        end = at + 4 * ndim + param_len + name_len
-        if end > len(body):
-            raise FormatError(f"record {index}: its shape, parameters and name exceed the header")
-        shape = struct.unpack_from(f"<{ndim}I", body, at)
-        parameters = bytes(body[at + 4 * ndim : end - name_len])
-        name = _parse_name(bytes(body[end - name_len : end]), index)
-        at = end
+        fields, at = read(body, at, index, raw)
+        raw = fields.name
+        name = _parse_name(raw, index)
         if name in names:
             raise FormatError(f"record {index}: the name {quote(name)} appears twice")
         names.add(name)
-        known = _known_dtype(name, dtype, mask, value)
+        known = _known_dtype(name, fields.dtype, fields.mask_code, fields.value_code)
         record = Record(
-            name, known, shape, mask, value, k, mask_len, value_len, checksum, parameters
-        )
+            name, known, fields.shape, fields.mask_code, fields.value_code, fields.k,
+            fields.mask_len, fields.value_len, fields.checksum, fields.parameters,
+        )  # fmt: skip
         if known is not None:
-            _check_record(record, known)
+            check_record(record, known)
         records.append(record)
     rest = bytes(body[at:])
     if len(rest) >= ALIGNMENT or any(rest):
@@ -290,92 +281,12 @@ def _known_dtype(name: str, dtype: int, mask: int, value: int) -> DType | None:
     return None if skip else DTYPES[dtype]
 
 
-def _check_record(record: Record, dtype: DType) -> None:
-    name = quote(record.name)
-    # Zero extents count as 1: the product of the others must still be a possible size.
-    if math.prod(extent or 1 for extent in record.shape) * dtype.itemsize > MAX_TENSOR_BYTES:
-        raise FormatError(f"tensor {name}: its shape has too many elements")
-    n, k = record.n, record.k
-    code = MaskCode(record.mask_code)
-    if k > n or (code is MaskCode.DENSE and k != n) or (code is MaskCode.ALL_ZERO and k):
-        raise FormatError(f"tensor {name}: {k} kept of {n} elements contradicts its mask encoding")
-    needed = parameter_bytes(code, record.value_code)
-    if len(record.parameters) != needed:
-        raise FormatError(
-            f"tensor {name}: its codes take {needed} bytes of parameters, "
-            f"got {len(record.parameters)}"
-        )
-    for part, found, (least, most) in (
-        ("mask", record.mask_len, _mask_range(record, code)),
-        ("value", record.value_len, _value_range(record, dtype)),
-    ):
-        if not least <= found <= most:
-            expected = str(least) if least == most else f"{least} to {most}"
-            raise FormatError(
-                f"tensor {name}: expected a {part} section of {expected} bytes, got {found}"
-            )
-
-
-def _mask_range(record: Record, code: MaskCode) -> tuple[int, int]:
-    """Fewest and most bytes of a record's mask section."""
-    if code is MaskCode.RICE:
-        rice = parse_rice(record.parameters[0])
-        if rice is None or not rice.coded(record.n, record.k):
-            raise FormatError(f"tensor {quote(record.name)}: its Rice parameter is not possible")
-        return rice.length_range(record.n, record.k)
-    if code in (MaskCode.SUBSET, MaskCode.PREDICTED):
-        return _related_range(record, code)
-    needed = mask_bytes(code, record.shape, record.k)
-    if code is MaskCode.BITMAP_ZSTD:
-        return 1, max(0, -(-record.n // 8) - 1)
-    if needed is None:
-        raise FormatError(f"tensor {quote(record.name)}: its mask encoding cannot hold its shape")
-    return needed, needed
-
-
-def _related_range(record: Record, code: MaskCode) -> tuple[int, int]:
-    related: SubsetCode | PredictedCode | None
-    if code is MaskCode.SUBSET:
-        related = parse_subset(record.parameters[: SUBSET_PARAMETERS.size])
-    else:
-        related = parse_predicted(record.parameters[: PREDICTED_PARAMETERS.size])
-    found = None if related is None else related.length_range(record.n, record.k)
-    if found is None:
-        raise FormatError(
-            f"tensor {quote(record.name)}: the parameters of its mask are not possible"
-        )
-    return found
-
-
-def _value_range(record: Record, dtype: DType) -> tuple[int, int]:
-    """Fewest and most bytes of a record's value section."""
-    parameters, name = record.parameters, dtype.name
-    code: SplitCode | HalfCode | LevelCode | None
-    found: tuple[int, int] | None
-    match ValueCode(record.value_code):
-        case ValueCode.RAW:
-            needed = value_bytes(dtype, record.k)
-            return needed, needed
-        case ValueCode.DELTA:
-            delta = parse_delta(parameters[-DELTA_PARAMETERS.size :])
-            found = None if delta is None else delta.length_range(name, record.n, record.k)
-        case other:
-            if other is ValueCode.SPLIT:
-                code = parse_split(parameters[-SPLIT_PARAMETERS.size :])
-            elif other is ValueCode.HALF:
-                code = parse_half(parameters[-HALF_BYTES:])
-            else:
-                code = parse_levels(parameters[-LEVEL_PARAMETERS.size :])
-            found = None if code is None else code.length_range(name, record.k)
-    if found is None:
-        raise FormatError(
-            f"tensor {quote(record.name)}: the parameters of its values are not possible"
-        )
-    return found
-
-
 def _place(
-    payload: memoryview, records: Sequence[Record], header_len: int, file_len: int
+    payload: memoryview,
+    records: Sequence[Record],
+    header_len: int,
+    file_len: int,
+    sections: int | None,
 ) -> tuple[Placed, ...]:
     """Give each section its place, then check padding and checksums."""
     needed = header_len + sum(padded(r.mask_len) + padded(r.value_len) for r in records)
@@ -385,16 +296,22 @@ def _place(
         )
     placed = []
     at = header_len
+    whole = xxhash.xxh3_64()
     for record in records:
         mask_at, value_at = at, at + padded(record.mask_len)
         at = value_at + padded(record.value_len)
         mask_end, value_end = mask_at + record.mask_len, value_at + record.value_len
         if any(payload[mask_end:value_at]) or any(payload[value_end:at]):
             raise FormatError(f"tensor {quote(record.name)}: the padding is not zero")
-        found = section_checksum(payload[mask_at:mask_end], payload[value_at:value_end])
-        if found != record.checksum:
+        both = payload[mask_at:mask_end], payload[value_at:value_end]
+        if sections is not None:
+            for section in both:
+                whole.update(section)
+        elif section_checksum(*both) != record.checksum:
             raise ChecksumError(
                 f"tensor {quote(record.name)}: its data does not match its checksum"
             )
         placed.append(Placed(record, mask_at, value_at))
+    if sections is not None and whole.intdigest() != sections:
+        raise ChecksumError("payload: its sections do not match their checksum")
     return tuple(placed)

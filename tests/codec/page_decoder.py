@@ -6,6 +6,7 @@ Of the standards that the page names, it takes XXH3 and zstd from their librarie
 import math
 import struct
 from collections.abc import Callable
+from typing import Any
 
 import xxhash
 
@@ -106,9 +107,11 @@ def varint(section: bytes, at: int) -> tuple[int, int]:
 
 
 def read_predicted(section: bytes, record: Plain, base: Plain | None, p: bytes) -> list[int]:
-    m, t = struct.unpack("<QQ", p)
     found = nonzero_of(base, record)
     assert base is not None
+    if len(p) == 8:
+        found = list(enumerate(base.dense_bits()))
+    m, t = struct.unpack("<QQ", p) if len(p) == 16 else (len(found), *struct.unpack("<Q", p))
     need(len(found) == m and base.dtype in MANTISSAS, "m, a float type")
     sign = 1 << (8 * DTYPES[base.dtype][1] - 1)
     need(t < sign, "threshold")
@@ -187,12 +190,47 @@ def digest(state: dict[str, Plain]) -> bytes:
     return hasher.digest()
 
 
+def read_long_record(payload: bytes, at: int, _: bytes) -> tuple[tuple[Any, ...], int]:
+    name_len, param_len, dtype, d, mask_code, value_code = struct.unpack_from(
+        "<HHBBBB", payload, at
+    )
+    k, mask_len, value_len, checksum = struct.unpack_from("<QQQQ", payload, at + 8)
+    need(d <= 16, "dimensions")
+    shape = struct.unpack_from(f"<{d}I", payload, at + 40)
+    at += 40 + 4 * d
+    parameters, name = payload[at : at + param_len], payload[at + param_len :][:name_len]
+    at += param_len + name_len
+    return (
+        name, dtype, mask_code, value_code, shape, k, mask_len, value_len, checksum, parameters
+    ), at  # fmt: skip
+
+
+def read_short_record(payload: bytes, at: int, before: bytes) -> tuple[tuple[Any, ...], int]:
+    shared, dtype, d, mask_code, value_code = payload[at : at + 5]
+    need(d <= 16 and shared <= len(before), "dimensions, shared bytes")
+    at += 5
+    numbers = []
+    for _ in range(d + 5):
+        number, at = varint(payload, at)
+        numbers.append(number)
+    shape = tuple(numbers[:d])
+    k, mask_len, value_len, param_len, name_len = numbers[d:]
+    need(all(extent < 2**32 for extent in shape) and shared + name_len < 2**16, "extents, name")
+    parameters, name = payload[at : at + param_len], payload[at + param_len :][:name_len]
+    at += param_len + name_len
+    return (
+        before[:shared] + name, dtype, mask_code, value_code, shape, k, mask_len, value_len, None,
+        parameters,
+    ), at  # fmt: skip
+
+
 def read(payload: bytes, base: dict[str, Plain] | None = None) -> tuple[int, dict[str, Plain]]:
     need(payload[:8] == bytes.fromhex("895350550d0a1a0a"), "magic")
     major, _, flags, header_len, n_records, reserved, length, round_number = struct.unpack(
         "<BBHIIIQQ", payload[8:40]
     )
-    need(major == 1 and flags & 0xFF == 0 and reserved == 0, "version, flags, reserved")
+    need(major == 1 and flags & 0xFE == 0 and reserved == 0, "version, flags, reserved")
+    short = flags & 1
     need(length == len(payload) and header_len % 8 == 0, "lengths")
     need(64 <= header_len <= min(length, 16_777_216), "header length")
     need(n_records <= 65_536, "number of records")
@@ -203,22 +241,17 @@ def read(payload: bytes, base: dict[str, Plain] | None = None) -> tuple[int, dic
         need(base is not None and digest(base) == base_digest, "the base")
     state: dict[str, Plain] = {}
     uses_base = False
-    at, data = 64, header_len
+    at, data = 72 if short else 64, header_len
+    raw, whole = b"", b""
     for _ in range(n_records):
-        name_len, param_len, dtype, d, mask_code, value_code = struct.unpack_from(
-            "<HHBBBB", payload, at
+        fields, at = (read_short_record if short else read_long_record)(payload, at, raw)
+        raw, dtype, mask_code, value_code, shape, k, mask_len, value_len, checksum, parameters = (
+            fields
         )
-        k, mask_len, value_len, checksum = struct.unpack_from("<QQQQ", payload, at + 8)
-        need(d <= 16, "dimensions")
-        need(dtype in DTYPES and mask_code in {*MASKS, 3, 6, 7} and value_code <= 4, "codes")
-        mask_params = {3: 1, 6: 9, 7: 16}.get(mask_code, 0)
-        need(param_len == mask_params + (0, 6, 7, 6, 7)[value_code], "parameters")
-        shape = struct.unpack_from(f"<{d}I", payload, at + 40)
-        at += 40 + 4 * d
-        parameters = payload[at : at + param_len]
-        at += param_len
-        name = payload[at : at + name_len].decode()
-        at += name_len
+        need(dtype in DTYPES and mask_code in {*MASKS, 3, 6, 7, 10} and value_code <= 4, "codes")
+        mask_params = {3: 1, 6: 9, 7: 16, 10: 8}.get(mask_code, 0)
+        need(len(parameters) == mask_params + (0, 6, 7, 6, 7)[value_code], "parameters")
+        name = raw.decode()
         need(at <= header_len and name not in state, "record")
         sections = []
         for size in (mask_len, value_len):
@@ -226,9 +259,11 @@ def read(payload: bytes, base: dict[str, Plain] | None = None) -> tuple[int, dic
             padding = payload[data + size : data + (size + 7) // 8 * 8]
             need(not any(padding), "padding")
             data += size + len(padding)
-        need(xxhash.xxh3_64_intdigest(b"".join(sections)) == checksum, "checksum of a record")
+        whole += b"".join(sections)
+        found = xxhash.xxh3_64_intdigest(b"".join(sections))
+        need(short or found == checksum, "checksum of a record")
         need(mask_code not in (0, 1, 5) or not mask_len, "an empty section")
-        uses_base |= mask_code in (5, 6, 7) or value_code == 4
+        uses_base |= mask_code in (5, 6, 7, 10) or value_code == 4
         uses_base |= value_code == 3 and parameters[-5] > 0
         tensor = Plain(dtype, shape, [], [])
         held = base.get(name) if base else None
@@ -236,8 +271,8 @@ def read(payload: bytes, base: dict[str, Plain] | None = None) -> tuple[int, dic
             tensor.kept = read_rice(sections[0], math.prod(shape), k, parameters[0])
         elif mask_code == 6:
             tensor.kept = read_subset(sections[0], tensor, k, held, parameters[:9])
-        elif mask_code == 7:
-            tensor.kept = read_predicted(sections[0], tensor, held, parameters[:16])
+        elif mask_code in (7, 10):
+            tensor.kept = read_predicted(sections[0], tensor, held, parameters[:mask_params])
         else:
             tensor.kept = MASKS[mask_code](sections[0], tensor, k, held)
         need(len(tensor.kept) == k, "k")
@@ -252,6 +287,8 @@ def read(payload: bytes, base: dict[str, Plain] | None = None) -> tuple[int, dic
         else:
             tensor.bits = read_values(sections[1], dtype, k)
         state[name] = tensor
+    total = int.from_bytes(payload[64:72], "little")
+    need(not short or xxhash.xxh3_64_intdigest(whole) == total, "checksum of the sections")
     need(header_len - at < 8 and not any(payload[at:header_len]), "end of the header")
     need(uses_base == any(base_digest), "the base is named if it is used")
     need(data == length, "sections make up the payload")

@@ -63,6 +63,12 @@ def read_plane(section: bytes, k: int) -> bytes:
     frame = zstandard.get_frame_parameters(section)
     need(frame.content_size == k and not frame.has_checksum and not frame.dict_id, "the frame")
     need(frame.window_size <= 2**17, "the window")
+    at, blocks, last = zstandard.frame_header_size(section), 0, False
+    while not last:
+        head = int.from_bytes(section[at : at + 3], "little")
+        last, blocks = bool(head & 1), blocks + 1
+        at += 3 + (1 if head >> 1 & 3 == 1 else head >> 3)
+        need(at <= len(section) and blocks <= 16 + k // 1024, "blocks")
     return zstandard.ZstdDecompressor().decompress(section, allow_extra_data=False)
 
 

@@ -1,5 +1,7 @@
 """What leans on a base: masks inside the base's, lossless differences, steps in a closed loop."""
 
+import struct
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -11,9 +13,10 @@ from torch import Tensor
 from sparsekit import codec
 from sparsekit.codec.based_codes import BLOCK
 from sparsekit.codec.core import Level, MaskEncoding, Values
-from sparsekit.errors import ArgumentError, BaseMismatchError, ValueRangeError
+from sparsekit.errors import ArgumentError, BaseMismatchError, FormatError, ValueRangeError
 from tests.codec import page_decoder, page_values
 from tests.codec.memory import peak_bytes
+from tests.codec.test_codec_hostile import GOOD, Payload, floats
 
 N = 3 * BLOCK + 77
 BASED_MASKS: tuple[MaskEncoding, ...] = ("same", "subset", "predicted")
@@ -138,6 +141,45 @@ def test_masks_inside_the_bases_come_back(data: st.DataObject) -> None:
             continue
         assert torch.equal(codec.decode_masks(payload, base={"w": base})["w"], kept)
         assert equal(codec.decode(payload, base={"w": base})["w"], state)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_masks_beyond_the_bases_come_back(data: st.DataObject) -> None:
+    n = data.draw(st.integers(1, 200))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    numbers = data.draw(st.lists(st.integers(-9, 9), min_size=n, max_size=n))
+    base = (torch.tensor(numbers) * (3 if dtype.is_floating_point else 1)).to(dtype)
+    kept = torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)))
+    state = torch.where(kept, base, torch.zeros_like(base))
+    encodings: tuple[MaskEncoding, ...] = ("auto", "ranked")
+    for encoding in encodings:
+        try:
+            payload = codec.encode(
+                {"w": state}, masks={"w": kept}, base={"w": base}, mask_encoding=encoding
+            )
+        except ArgumentError:
+            assert encoding == "ranked"
+            assert not dtype.is_floating_point
+            continue
+        used = codec.inspect(payload).records[0].mask_encoding
+        assert encoding == "auto" or used in ("ranked", "dense", "all-zero")
+        assert torch.equal(codec.decode_masks(payload, base={"w": base})["w"], kept)
+        assert equal(codec.decode(payload, base={"w": base})["w"], state)
+
+
+@pytest.mark.parametrize(("values", "kept", "most"), [("int8", 0.99, 0.13), ("int4", 0.93, 0.3)])
+def test_zeros_that_rounding_left_spoil_no_mask(values: Values, kept: float, most: float) -> None:
+    # As after the first model: small weights became zero, and the next purge keeps some of them.
+    state = torch.randn(100_000, generator=torch.Generator().manual_seed(3))
+    held = codec.decode(codec.encode({"w": state}, values=values))
+    tensor, mask = repruned(retrained(state, 0.02), kept)
+    assert bool(mask[held["w"] == 0].any())
+    payload = codec.encode({"w": tensor}, masks={"w": mask}, base=held, values=values)
+    record = codec.inspect(payload).records[0]
+    assert record.mask_encoding == "ranked"
+    assert 8 * record.mask_bytes / mask.numel() < most
+    assert torch.equal(codec.decode_masks(payload, base=held)["w"], mask)
 
 
 def test_a_purge_costs_less_than_naming_the_subset() -> None:
@@ -270,7 +312,7 @@ def test_steps_survive_flush_to_zero(values: Values) -> None:
     assert codec.inspect(codec.encode(small, values=values)).records[0].value_encoding == "raw"
 
 
-@pytest.mark.parametrize("encoding", ["subset", "predicted"])
+@pytest.mark.parametrize("encoding", ["subset", "predicted", "ranked"])
 @pytest.mark.parametrize("values", ["lossless", "int8"])
 def test_dense_masks_inside_a_base_take_little_memory(
     values: Values, encoding: MaskEncoding
@@ -285,3 +327,26 @@ def test_dense_masks_inside_a_base_take_little_memory(
     codec.decode(payload, base={"w": base})
     peak = peak_bytes(lambda: codec.decode(payload, base={"w": base}))
     assert peak < 4 * mask.numel() + 2**20, (peak - 4 * mask.numel()) / 2**10
+
+
+@pytest.mark.parametrize(
+    ("base", "threshold", "match"),
+    [
+        pytest.param(torch.tensor([1, 0]), 1, "integers", id="integers"),
+        pytest.param(torch.tensor([1.0, 0.0]), 2**31, "no number", id="threshold"),
+        pytest.param(torch.tensor([[1.0, 0.0]]), 1, "another shape", id="shape"),
+    ],
+)
+def test_ranked_masks_need_a_base_of_floats(base: Tensor, threshold: int, match: str) -> None:
+    record = replace(
+        GOOD,
+        mask_code=10,
+        k=1,
+        mask=bytes(10),
+        values=floats(1),
+        params=struct.pack("<Q", threshold),
+    )  # fmt: skip
+    payload = Payload((record,), digest=codec.base_digest({"w": base})).bytes()
+    for function in (codec.decode, codec.decode_masks):
+        with pytest.raises(FormatError, match=match):
+            function(payload, base={"w": base})

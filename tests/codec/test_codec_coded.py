@@ -122,7 +122,7 @@ def test_any_bit_patterns_come_back(data: st.DataObject, name: str, k: int) -> N
     packed = split.pack(bits, dtype)
     if packed is None:
         return
-    code, section = packed
+    code, section = packed[0], memoryview(b"".join(packed[1]))
     assert parse_split(code.parameters) == code
     bounds = code.length_range(name, k)
     assert bounds is not None
@@ -252,9 +252,9 @@ def split_record(**changes: Any) -> Forged:
     bits = (np.arange(600) * 7919 % 4096 << 12 | 0x3F000000).astype(np.uint32)
     packed = split.pack(bits, DTYPE_BY_NAME["float32"])
     assert packed is not None
-    code, section = packed
+    code, section = packed[0], b"".join(packed[1])
     given: dict[str, Any] = {
-        "values": bytes(section), "k": 600, "shape": (600,), "value_code": SPLIT,
+        "values": section, "k": 600, "shape": (600,), "value_code": SPLIT,
         "params": code.parameters,
     }  # fmt: skip
     return Forged(**{**given, **changes})

@@ -95,6 +95,13 @@ def ranked(base: Tensor) -> tuple[Tensor, Tensor]:
     return 2 * base * mask, mask
 
 
+def beyond(base: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers under a mask as `ranked`, which also keeps some zeros of the base."""
+    values, mask = ranked(base)
+    more = (base == 0) & (torch.arange(base.numel()) % 23 == 0).view(base.shape)
+    return values + more * 0.25, mask | more
+
+
 def all_of(n: int) -> Tensor:
     """Mask that keeps all."""
     return torch.ones(n, dtype=torch.bool)
@@ -283,6 +290,32 @@ def payloads() -> dict[str, Entry]:
         "int4-alone": {
             "values": "int4",
             "tensors": {"w": tensor_entry(stepped(torch.ones(301), 7) - 1, all_of(301))},
+        },
+        "ranked": {
+            "base": "shared",
+            "mask_encoding": "ranked",
+            "tensors": {n: tensor_entry(*beyond(shared[n])) for n in ("w", "d", "b", "s")},
+        },
+        "short": {
+            "level": "small",
+            "round": 3,
+            "tensors": {
+                "layer.0.weight": tensor_entry(*masked((7, 11, 3), every=9)),
+                "layer.0.bias": tensor_entry(torch.ones(7), dense=True),
+                "layer.1.weight": tensor_entry(*masked((90, 10), every=3)),
+                "layer": tensor_entry(torch.tensor(2.5)),
+                "größe": tensor_entry(flags, flags),
+                "größen": tensor_entry(torch.empty(0, 300), dense=True),
+            },
+        },
+        "short-int4": {
+            "base": "shared",
+            "level": "small",
+            "values": "int4",
+            "tensors": {
+                "g": tensor_entry(stepped(shared["g"], 7), shared["g"] != 0),
+                "w": tensor_entry(torch.zeros(20, 40), torch.zeros(20, 40, dtype=torch.bool)),
+            },
         },
         "same": {
             "base": "base",
