@@ -8,7 +8,7 @@ Pruning", and the released code where the paper is silent.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -19,9 +19,18 @@ from torch import Tensor
 from sparsekit import prune
 from sparsekit.codec import decode, decode_masks, encode, inspect
 from sparsekit.codec.core import STEPS, Level, Values
+from sparsekit.codec.wire import Buffer
 from sparsekit.errors import CodecError, TemplateError, ValueRangeError
+from sparsekit.fed import messages
 from sparsekit.fed.config import RunConfig
-from sparsekit.fed.plan import TASK_EVALUATE, TASK_TRAIN, TrainPlan, build_model, plan_for
+from sparsekit.fed.plan import (
+    TASK_EVALUATE,
+    TASK_TRAIN,
+    TrainPlan,
+    build_model,
+    plan_for,
+    to_control,
+)
 from sparsekit.fed.seeds import derive_seed
 from sparsekit.schedule import PolynomialSchedule
 from sparsekit.types import Masks, Size3, State
@@ -130,8 +139,8 @@ class Order:
     ----------
     plan : TrainPlan
         The work.
-    payload : bytes
-        The model.
+    message : bytes
+        Plan and model.
     based : bool
         Whether only a site that holds the model sent before can decode it.
     sent : ServerState
@@ -139,9 +148,14 @@ class Order:
     """
 
     plan: TrainPlan
-    payload: bytes
+    message: bytes
     based: bool
     sent: ServerState
+
+    @property
+    def payload(self) -> memoryview:
+        """The model, a view of the message."""
+        return messages.unpack(self.message).payload
 
 
 def plan_round(state: ServerState, config: RunConfig) -> Order:
@@ -167,14 +181,16 @@ def plan_round(state: ServerState, config: RunConfig) -> Order:
     if config.values != "lossless":
         weights = decode(payload, base=state.sent, template=weights)
     based = inspect(payload).base_digest is not None
-    return Order(plan, payload, based, replace(state, weights=weights))
+    message = messages.pack(to_control(plan), payload)
+    return Order(plan, message, based, replace(state, weights=weights))
 
 
-def whole_payload(order: Order) -> bytes:
-    """Return a payload of the same model that any site can decode."""
+def whole_order(order: Order) -> Order:
+    """Return an order of the same model that any site can decode."""
     if not order.based:
-        return order.payload
-    return encode_whole(order.sent, order.plan)
+        return order
+    payload = encode_whole(order.sent, order.plan)
+    return replace(order, message=messages.pack(to_control(order.plan), payload), based=False)
 
 
 def encode_whole(sent: ServerState, plan: TrainPlan) -> bytes:
@@ -247,7 +263,7 @@ def maskable_names(weights: State, *, paper: bool) -> list[str]:
     return [name for name, tensor in weights.items() if paper or is_prunable(name, tensor)]
 
 
-def read_update(payload: bytes, *, plan: TrainPlan, sent: ServerState, n_train: int) -> Update:
+def read_update(payload: Buffer, *, plan: TrainPlan, sent: ServerState, n_train: int) -> Update:
     """Decode a site's payload against what it was sent, and refuse what must not be averaged.
 
     Raises
@@ -296,20 +312,42 @@ def check_norm(update: Update, sent: ServerState, bound: float) -> None:
         )
 
 
-def average(updates: Sequence[Update]) -> dict[str, Tensor]:
-    """Average weights by number of training scans: float64 sums in the given order, float32 out."""
-    total = sum(update.n_train for update in updates)
-    merged: dict[str, Tensor] = {}
-    for name, first in updates[0].weights.items():
-        merged[name] = torch.empty_like(first, memory_format=torch.contiguous_format)
-        flat = [update.weights[name].reshape(-1) for update in updates]
-        for piece in pieces(first.numel()):
-            accumulated = torch.zeros(len(flat[0][piece]), dtype=torch.float64)
-            for values, update in zip(flat, updates, strict=True):
-                accumulated += values[piece].double() * (update.n_train / total)
-            # + 0.0 turns -0.0 into +0.0, which is all that the codec would change.
-            merged[name].view(-1)[piece] = accumulated.to(first.dtype) + 0.0
-    return merged
+class Merger:
+    """Adds up updates one after the other, so that none has to wait for the others in memory.
+
+    The order of `add` decides the last bits: callers go by the sites' names.
+    """
+
+    def __init__(self) -> None:
+        self.votes: list[dict[str, Tensor]] = []
+        """Masks of the sites that chose some."""
+        self._sums: dict[str, Tensor] = {}
+        self._scans = 0
+
+    def add(self, update: Update) -> None:
+        """Add a site's weights, times its number of training scans, to float64 sums."""
+        for name, weights in update.weights.items():
+            if name not in self._sums:
+                self._sums[name] = torch.zeros(weights.shape, dtype=torch.float64)
+            sums, flat = self._sums[name].view(-1), weights.reshape(-1)
+            for piece in pieces(len(flat)):
+                # No rounding here: 24 bits times the number of scans fit into float64's 53.
+                sums[piece] += flat[piece].double() * update.n_train
+        self._scans += update.n_train
+        if update.masks is not None:
+            self.votes.append(update.masks)
+
+    def average(self) -> dict[str, Tensor]:
+        """Return the average by number of training scans, float32, and let go of the sums."""
+        assert self._scans, "a round without updates must end before aggregation"
+        merged: dict[str, Tensor] = {}
+        for name in list(self._sums):
+            sums = self._sums.pop(name)
+            merged[name] = torch.empty(sums.shape)
+            for piece in pieces(sums.numel()):
+                # + 0.0 turns -0.0 into +0.0, which is all that the codec would change.
+                merged[name].view(-1)[piece] = sums.view(-1)[piece] / self._scans + 0.0
+        return merged
 
 
 def pieces(count: int) -> Iterator[slice]:
@@ -350,27 +388,26 @@ def _largest_of_filters(weight: Tensor, within: Tensor | None, least: int) -> Te
 
 def aggregate(
     state: ServerState,
-    updates: Mapping[str, Update],
+    updates: Merger,
     config: RunConfig,
     sent: State | None = None,
 ) -> ServerState:
-    """Merge one round's updates, sorted by site, and prune where the strategy says so.
+    """Average one round's updates, and prune where the strategy says so.
 
     `sent` is the model as the sites decoded it, if rounding has changed it: what that took away
     is added again, so that it travels with a later round.
     """
-    assert updates, "a round without updates must end before aggregation"
-    ordered = [updates[site] for site in sorted(updates)]
-    weights = average(ordered)
+    weights = updates.average()
     if sent is not None:
-        weights = {n: w + (state.weights[n] - sent[n]) + 0.0 for n, w in weights.items()}
+        for name, value in weights.items():
+            value += state.weights[name] - sent[name]
+            value += 0.0
     masks = state.masks
     number = state.round + 1
     sparsity = scheduled_sparsity(config, number)
     if sparsity is not None:
         if config.strategy == "fedsparsify-local":
-            votes = [update.masks for update in ordered if update.masks is not None]
-            masks = prune.majority_vote(votes)
+            masks = prune.majority_vote(updates.votes)
             if not config.paper:
                 masks = guard_filters(masks, weights, state.masks, config.min_per_filter)
         else:
@@ -385,8 +422,5 @@ def aggregate(
         if config.paper:
             masks = {n: m & (weights[n] != 0) for n, m in masks.items()}
     if masks is not None:
-        weights = {
-            name: torch.where(masks[name], value, 0.0) if name in masks else value
-            for name, value in weights.items()
-        }
+        prune.zero_outside(weights, masks)
     return replace(state, round=number, weights=weights, masks=masks)

@@ -7,7 +7,7 @@ from typing import Any
 from sparsekit.codec import inspect
 from sparsekit.fed.algorithm import Order, ServerState, is_prunable, pieces
 from sparsekit.fed.ledger import LedgerRow
-from sparsekit.fed.rounds import Answer
+from sparsekit.fed.plan import Report
 from sparsekit.types import Masks, State
 
 
@@ -22,15 +22,15 @@ def sum_bytes(rows: Iterable[LedgerRow], direction: str, level: str) -> int | No
     return None if None in counts else sum(counts)
 
 
-def evaluation(answers: Mapping[str, Answer]) -> dict[str, Any]:
+def evaluation(reports: Mapping[str, Report]) -> dict[str, Any]:
     """Combine the sites' errors on their held-out people, in years."""
     sites: dict[str, float | None] = {}
     counts: dict[str, int] = {}
     total = 0.0
     people = 0
     diverged = False
-    for site in sorted(answers):
-        report = answers[site].report
+    for site in sorted(reports):
+        report = reports[site]
         if report.test_abs_error_sum is None:
             diverged = True
             sites[site] = None
@@ -45,7 +45,7 @@ def evaluation(answers: Mapping[str, Answer]) -> dict[str, Any]:
         "test_n": people,
         "site_mae": sites,
         "site_n": counts,
-        "train_n": sum(answer.report.n_train for answer in answers.values()),
+        "train_n": sum(report.n_train for report in reports.values()),
     }
 
 

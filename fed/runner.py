@@ -280,7 +280,7 @@ def _loop(
             raise QuorumError(text, error.rows) from None
         for site, failure in outcome.failures.items():
             watcher.notice(f"round {number}: {site} is out: {failure.outcome} ({failure.detail})")
-        holding, order = frozenset(outcome.answers), outcome.order
+        holding = frozenset(outcome.answers)
         # The reports tell how good the model was that the sites received.
         history[-1] = history[-1] | evaluation(outcome.answers)
         if history[-1]["test_n"]:
@@ -289,25 +289,27 @@ def _loop(
         seconds += time.perf_counter() - start
         entry = history_entry(outcome.state, number, outcome.rows, seconds)
         entry["weight_change"] = weight_change(server.weights, outcome.state)
-        entry["mask_bits_per_weight"] = mask_bits_per_weight(order)
+        entry["mask_bits_per_weight"] = mask_bits_per_weight(outcome.order)
         if number > config.rounds:
             history[-1] |= {"final_" + k: entry[k] for k in ("payload_down", "transport_down")}
-            break
-        losses = [a.report.train_loss for a in outcome.answers.values()]
+            # As the sites received it, for that is what they evaluated.
+            sent = outcome.order.sent
+            model = encode_whole(sent, replace(outcome.order.plan, round=server.round))
+            write_atomically(run / MODEL_FILE, model)
+            return Checkpoint(server, history, ledger.size_bytes, seconds, saved.contents)
+        losses = [report.train_loss for report in outcome.answers.values()]
         known = [loss for loss in losses if loss is not None]
         entry["train_loss"] = sum(known) / len(known) if known else None
         entry["sites_asked"], entry["sites_in"] = len(asked), len(outcome.answers)
         server = outcome.state
         history.append(entry)
+        # Else its messages would be held while the next ones are made.
+        del outcome
         checkpoint.save(
             run,
             Checkpoint(server, history, ledger.size_bytes, seconds, saved.contents),
             keep=config.keep_checkpoints,
         )
-    # As the sites received it at the end, for that is what they evaluated.
-    model = encode_whole(order.sent, replace(order.plan, round=server.round))
-    write_atomically(run / MODEL_FILE, model)
-    return Checkpoint(server, history, ledger.size_bytes, seconds, saved.contents)
 
 
 @contextmanager

@@ -161,7 +161,7 @@ class RelayedEngine:
             if name not in self._sizes:
                 others.append(f"{engine_name}: says that it is {name!r}")
                 continue
-            hellos[name], self._names[name] = reply.data, engine_name
+            hellos[name], self._names[name] = bytes(reply.data), engine_name
         missing = [name for name in self._sizes if name not in hellos]
         if missing:
             said = "; ".join([*others, f"see {self._run / LOG_FILE}"])
@@ -226,7 +226,8 @@ class RelayedEngine:
                 return Failure("dead", "the framework's server is gone", sent_bytes=0)
             self._waiting[number] = future
             try:
-                connection.send(framed.REQUEST, messages.pack(control, request))
+                head = messages.head(control, len(request))
+                connection.send(framed.REQUEST, head, request)
             except OSError as error:
                 del self._waiting[number]
                 return Failure("dead", f"the framework's server is gone: {error}", sent_bytes=0)

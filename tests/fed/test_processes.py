@@ -105,7 +105,7 @@ def test_frames_come_as_they_went(pair: tuple[Connection, socket.socket]) -> Non
     sender.start()
     frame = connection.receive(most=len(data), until=time.monotonic() + 10)
     sender.join()
-    assert (frame.kind, frame.data) == (REQUEST, data)
+    assert (frame.kind, bytes(frame.data)) == (REQUEST, data)
     connection.send(BYE)
     assert peer.receive(most=0).kind == BYE
     counts = connection.counts()
