@@ -8,7 +8,6 @@ Pruning", and the released code where the paper is silent.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -23,6 +22,7 @@ from sparsekit.codec.wire import Buffer
 from sparsekit.errors import CodecError, TemplateError, ValueRangeError
 from sparsekit.fed import messages
 from sparsekit.fed.config import RunConfig
+from sparsekit.fed.merging import Merger, Update, pieces
 from sparsekit.fed.plan import (
     TASK_EVALUATE,
     TASK_TRAIN,
@@ -34,8 +34,6 @@ from sparsekit.fed.plan import (
 from sparsekit.fed.seeds import derive_seed
 from sparsekit.schedule import PolynomialSchedule
 from sparsekit.types import Masks, Size3, State
-
-_PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -66,15 +64,6 @@ class ServerState:
     first_voxel: Size3
     in_shape: Size3
     sent: dict[str, Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class Update:
-    """A site's decoded and checked reply."""
-
-    weights: dict[str, Tensor]
-    masks: dict[str, Tensor] | None
-    n_train: int
 
 
 class NonFiniteUpdateError(CodecError):
@@ -310,50 +299,6 @@ def check_norm(update: Update, sent: ServerState, bound: float) -> None:
         raise LargeUpdateError(
             f"update: its distance from the model sent is {norm:.6g}, max_update_norm is {bound:g}"
         )
-
-
-class Merger:
-    """Adds up updates one after the other, so that none has to wait for the others in memory.
-
-    The order of `add` decides the last bits: callers go by the sites' names.
-    """
-
-    def __init__(self) -> None:
-        self.votes: list[dict[str, Tensor]] = []
-        """Masks of the sites that chose some."""
-        self._sums: dict[str, Tensor] = {}
-        self._scans = 0
-
-    def add(self, update: Update) -> None:
-        """Add a site's weights, times its number of training scans, to float64 sums."""
-        for name, weights in update.weights.items():
-            if name not in self._sums:
-                self._sums[name] = torch.zeros(weights.shape, dtype=torch.float64)
-            sums, flat = self._sums[name].view(-1), weights.reshape(-1)
-            for piece in pieces(len(flat)):
-                # No rounding here: 24 bits times the number of scans fit into float64's 53.
-                sums[piece] += flat[piece].double() * update.n_train
-        self._scans += update.n_train
-        if update.masks is not None:
-            self.votes.append(update.masks)
-
-    def average(self) -> dict[str, Tensor]:
-        """Return the average by number of training scans, float32, and let go of the sums."""
-        assert self._scans, "a round without updates must end before aggregation"
-        merged: dict[str, Tensor] = {}
-        for name in list(self._sums):
-            sums = self._sums.pop(name)
-            merged[name] = torch.empty(sums.shape)
-            for piece in pieces(sums.numel()):
-                # + 0.0 turns -0.0 into +0.0, which is all that the codec would change.
-                merged[name].view(-1)[piece] = sums.view(-1)[piece] / self._scans + 0.0
-        return merged
-
-
-def pieces(count: int) -> Iterator[slice]:
-    """Cut a tensor of ``count`` elements, so that its float64 copy never is there as a whole."""
-    for first in range(0, count, _PIECE):
-        yield slice(first, min(count, first + _PIECE))
 
 
 def guard_filters(

@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import torch
 
@@ -19,6 +19,7 @@ from sparsekit.fed.engines.options import (
     options_of,
     require_extra,
 )
+from sparsekit.fed.typed import typed
 from sparsekit.types import Size3
 
 STRATEGIES = ("centralized", "fedavg", "fedsparsify-global", "fedsparsify-local")
@@ -328,7 +329,8 @@ def make_config(*layers: Mapping[str, Any]) -> RunConfig:
     for name, value in merged.items():
         if name not in hints:
             raise UsageError(f"{name}: unknown setting; known: {', '.join(sorted(hints))}")
-        merged[name] = _as_type(name, value, hints[name])
+        # Settings with named values are checked by RunConfig itself.
+        merged[name] = typed(name, value, hints[name])
     given = "cohort" in merged
     merged.setdefault("cohort", "")
     config = RunConfig(**merged)
@@ -340,23 +342,6 @@ def make_config(*layers: Mapping[str, Any]) -> RunConfig:
             "device: torch can use no GPU here (see `sparsekit doctor`); choose --device cpu"
         )
     return config
-
-
-def _as_type(name: str, value: Any, hint: Any) -> Any:
-    # Settings with named values are checked by RunConfig itself.
-    kinds = (str,) if get_origin(hint) is Literal else get_args(hint) or (hint,)
-    if value is None and type(None) in kinds:
-        return None
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError:
-            raise UsageError(f"{name}: expected a smaller number than one past 1e308") from None
-    for kind in kinds:
-        if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-            return value
-    expected = " or ".join(k.__name__ for k in kinds if k is not type(None))
-    raise UsageError(f"{name}: expected {expected}, got {value!r}")
 
 
 def load_config_file(path: Path) -> dict[str, Any]:

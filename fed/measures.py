@@ -5,8 +5,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sparsekit.codec import inspect
-from sparsekit.fed.algorithm import Order, ServerState, is_prunable, pieces
+from sparsekit.fed.algorithm import Order, ServerState, is_prunable
 from sparsekit.fed.ledger import LedgerRow
+from sparsekit.fed.merging import pieces
 from sparsekit.fed.plan import Report
 from sparsekit.types import Masks, State
 

@@ -10,7 +10,6 @@ from sparsekit.errors import BaseMismatchError, CodecError, RunError, TemplateEr
 from sparsekit.fed import messages
 from sparsekit.fed.algorithm import (
     LargeUpdateError,
-    Merger,
     NonFiniteUpdateError,
     Order,
     ServerState,
@@ -23,6 +22,7 @@ from sparsekit.fed.algorithm import (
 from sparsekit.fed.config import RunConfig
 from sparsekit.fed.engines.base import STALE, Answered, Engine, Failure, Reply
 from sparsekit.fed.ledger import OUTCOME_OK, LedgerRow, message_row
+from sparsekit.fed.merging import Merger
 from sparsekit.fed.plan import TASK_TRAIN, Hello, Report, TrainPlan, from_control
 
 # Even float32 numbers that have run away give less.

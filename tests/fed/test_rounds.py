@@ -13,9 +13,7 @@ from sparsekit.codec import decode, encode, inspect
 from sparsekit.codec.core import Values
 from sparsekit.fed import messages
 from sparsekit.fed.algorithm import (
-    Merger,
     ServerState,
-    Update,
     aggregate,
     initial_state,
     plan_round,
@@ -24,6 +22,7 @@ from sparsekit.fed.algorithm import (
 )
 from sparsekit.fed.config import RunConfig
 from sparsekit.fed.engines.base import Answered, Failure, Reply
+from sparsekit.fed.merging import Merger, Update
 from sparsekit.fed.plan import Hello, Report, TrainPlan, from_control, to_control
 from sparsekit.fed.rounds import QuorumError, play_round
 
