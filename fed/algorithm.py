@@ -221,6 +221,7 @@ def purge_masks(
     scope: str,
     min_per_filter: int,
     within: Masks | None,
+    granularity: str = "weight",
 ) -> dict[str, Tensor]:
     """Choose the weights that survive a pruning to ``sparsity``, inside ``within``.
 
@@ -236,6 +237,7 @@ def purge_masks(
             prunable,
             sparsity,
             scope=scope,
+            granularity=granularity,
             within=within,
             min_per_filter=min_per_filter,
         )
@@ -363,6 +365,7 @@ def aggregate(
                 scope=config.scope,
                 min_per_filter=config.min_per_filter,
                 within=masks,
+                granularity=config.granularity,
             )
         if config.paper:
             masks = {n: m & (weights[n] != 0) for n, m in masks.items()}

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 
 from sparsekit.codec.core import Level, Values
-from sparsekit.errors import UsageError
+from sparsekit.errors import ArgumentError, UsageError
 from sparsekit.fed.engines.options import (
     FlareOptions,
     FlowerOptions,
@@ -20,6 +20,7 @@ from sparsekit.fed.engines.options import (
     require_extra,
 )
 from sparsekit.fed.typed import typed
+from sparsekit.prune.groups import N_OF_M, parse
 from sparsekit.types import Size3
 
 STRATEGIES = ("centralized", "fedavg", "fedsparsify-global", "fedsparsify-local")
@@ -71,7 +72,7 @@ class RunConfig:
         Mirror each training scan left-right with probability one half.
     shift : int
         Move each training scan by up to this many voxels along each axis, at random.
-    scope, exponent, prune_start, prune_every, min_per_filter
+    scope, granularity, exponent, prune_start, prune_every, min_per_filter
         Of the pruning; see `sparsekit.prune.magnitude_masks` and
         `sparsekit.schedule.PolynomialSchedule`.
     paper : bool
@@ -105,6 +106,8 @@ class RunConfig:
         ``threads`` is the total over all sites trained at the same time.
     deadline : float
         Seconds within which a site's process must have replied; a later one is out for the round.
+    cache : str
+        Folder of prepared scans; empty for ``cache`` beside the run's folder.
     keep_checkpoints : int
         How many of the newest checkpoints stay on disk; 0 keeps every round's.
     flare, flower : FlareOptions, FlowerOptions or None
@@ -132,6 +135,7 @@ class RunConfig:
     flips: bool = True
     shift: int = 0
     scope: str = "global"
+    granularity: str = "weight"
     exponent: float = 3.0
     prune_start: int = 1
     prune_every: int = 1
@@ -154,13 +158,16 @@ class RunConfig:
     threads: int = 2
     device: str = "cpu"
     seed: int = 0
+    cache: str = ""
     keep_checkpoints: int = 2
     flare: FlareOptions | None = None
     flower: FlowerOptions | None = None
 
     def __post_init__(self) -> None:
-        if any("\ud800" <= letter <= "\udfff" for letter in self.cohort):
-            raise UsageError(f"cohort: {self.cohort!r} is not UTF-8; rename that file or folder")
+        for name in ("cohort", "cache"):
+            path = getattr(self, name)
+            if any("\ud800" <= letter <= "\udfff" for letter in path):
+                raise UsageError(f"{name}: {path!r} is not UTF-8; rename that file or folder")
         _choice("strategy", self.strategy, STRATEGIES)
         _choice("engine", self.engine, ENGINES)
         self._check_deployment()
@@ -205,12 +212,34 @@ class RunConfig:
         _in_range("width", self.width, 0.0, 16.0, open_below=True)
         if self.mean_age is not None:
             _in_range("mean_age", self.mean_age, 0.0, 150.0)
+        self._check_granularity()
         if self.resolution not in (None, *GRIDS):
             raise UsageError(f"resolution: expected 2 or 4 (mm), got {self.resolution}")
         if self.sparse and self.rounds <= self.prune_start:
             raise UsageError(
                 f"rounds: expected more than prune_start = {self.prune_start}, got {self.rounds}: "
                 "the first pruning comes at the end of the round after it. Raise --rounds."
+            )
+
+    def _check_granularity(self) -> None:
+        try:
+            parse(self.granularity)
+        except ArgumentError as error:
+            raise UsageError(str(error)) from None
+        if self.granularity == "weight":
+            return
+        if self.paper or self.strategy == "fedsparsify-local":
+            other = "paper" if self.paper else "fedsparsify-local"
+            raise UsageError(
+                f"granularity: {other} chooses weight by weight, got {self.granularity!r}; leave "
+                "it out, or choose fedsparsify-global or centralized without paper"
+            )
+        once = self.rounds == self.prune_start + 1
+        if self.granularity == N_OF_M and self.sparse and not (self.sparsity == 0.5 and once):
+            raise UsageError(
+                "granularity: 2:4 prunes half of the weights at once; expected sparsity = 0.5 and "
+                f"rounds = prune_start + 1, got {self.sparsity}, {self.rounds} and "
+                f"prune_start = {self.prune_start}"
             )
 
     def _check_deployment(self) -> None:
@@ -258,6 +287,7 @@ PAPER_PRESET: dict[str, Any] = {
     "resolution": 2,
     "crop": False,
     "scope": "global",
+    "granularity": "weight",
     "exponent": 3.0,
     "prune_start": 1,
     "prune_every": 1,

@@ -19,7 +19,10 @@ REPORT = "report.html"
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 Cache = Annotated[
     Path | None,
-    typer.Option("--cache", help="Folder of prepared scans, for all runs. [default: RUN/../cache]"),
+    typer.Option(
+        "--cache",
+        help="Folder of prepared scans, for all runs. [default: RUN/../cache, or as before]",
+    ),
 ]
 
 
@@ -41,6 +44,10 @@ def run_command(
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     width: Annotated[float | None, typer.Option(help="Of the network; 1 is the paper's.")] = None,
     scope: Annotated[str | None, typer.Option(help="Pruning scope: global | layer | erk")] = None,
+    granularity: Annotated[
+        str | None,
+        typer.Option(help="What is pruned as one: weight | vector:V | block:VxW | filter | 2:4"),
+    ] = None,
     resolution: Annotated[int | None, typer.Option(help="Grid to train on: 2 or 4 mm.")] = None,
     normalisation: Annotated[
         str | None, typer.Option(help="brain-zscore | volume-zscore | percentile")
@@ -101,6 +108,7 @@ def run_command(
         "lr": lr,
         "width": width,
         "scope": scope,
+        "granularity": granularity,
         "resolution": resolution,
         "normalisation": normalisation,
         "on_problem": on_problem,

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from sparsekit import prune
 from sparsekit.codec import decode, encode, inspect
 from sparsekit.codec.core import Values
 from sparsekit.fed import messages
@@ -16,6 +17,7 @@ from sparsekit.fed.algorithm import (
     ServerState,
     aggregate,
     initial_state,
+    is_prunable,
     plan_round,
     read_update,
     whole_order,
@@ -251,6 +253,21 @@ def test_global_pruning_starts_after_the_start_round(state: ServerState) -> None
     total = sum(mask.numel() for mask in second.masks.values())
     kept = sum(int(mask.sum()) for mask in second.masks.values())
     assert kept == total - int((0.5 - 0.5 * (2 / 3) ** 3) * total)
+
+
+@pytest.mark.parametrize("granularity", ["vector:2", "block:2x4", "filter", "2:4"])
+def test_groups_are_pruned_as_one(state: ServerState, granularity: str) -> None:
+    once = {"rounds": 2, "sparsity": 0.5, "granularity": granularity}
+    config = dataclasses.replace(CONFIG, **once)
+    state = dataclasses.replace(state, round=1)
+    merged = aggregate(state, added({"a": Update(dict(state.weights), None, 1)}), config)
+    prunable = {name: t for name, t in state.weights.items() if is_prunable(name, t)}
+    expected = prune.magnitude_masks(prunable, 0.5, granularity=granularity)
+    assert merged.masks is not None
+    assert merged.masks.keys() == expected.keys()
+    for name, mask in expected.items():
+        assert torch.equal(merged.masks[name], mask)
+        assert not bool(merged.weights[name][~mask].any())
 
 
 def test_local_votes_decide(state: ServerState) -> None:
