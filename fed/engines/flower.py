@@ -89,7 +89,8 @@ def _start_superlink(folder: Path, address: str, *, tls: bool) -> None:
     superlink = subprocess.Popen([*words, "--disable-runtime-dependency-installation"])
     while superlink.poll() is None:
         with contextlib.suppress(OSError):
-            return socket.create_connection((host, int(port)), timeout=1.0).close()
+            socket.create_connection((host, int(port)), timeout=1.0).close()
+            return
         time.sleep(0.1)
     raise SystemExit("the SuperLink ended; see above")
 

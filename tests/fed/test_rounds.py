@@ -228,7 +228,7 @@ def test_the_average_is_rounded_once() -> None:
     counts = {"a": 3, "b": 50, "c": 7}
     numbers = {site: random.standard_normal(1001).astype(np.float32) for site in counts}
     updates = {s: Update({"w": torch.from_numpy(n)}, None, counts[s]) for s, n in numbers.items()}
-    exact = sum(numbers[s].astype(np.longdouble) * n for s, n in counts.items()) / 60
+    exact = np.sum([numbers[s].astype(np.longdouble) * n for s, n in counts.items()], axis=0) / 60
     found = added(updates).average()["w"].numpy()
     assert np.array_equal(found, exact.astype(np.float32))
 
@@ -257,7 +257,7 @@ def test_global_pruning_starts_after_the_start_round(state: ServerState) -> None
 
 @pytest.mark.parametrize("granularity", ["vector:2", "block:2x4", "filter", "2:4"])
 def test_groups_are_pruned_as_one(state: ServerState, granularity: str) -> None:
-    once = {"rounds": 2, "sparsity": 0.5, "granularity": granularity}
+    once: dict[str, Any] = {"rounds": 2, "sparsity": 0.5, "granularity": granularity}
     config = dataclasses.replace(CONFIG, **once)
     state = dataclasses.replace(state, round=1)
     merged = aggregate(state, added({"a": Update(dict(state.weights), None, 1)}), config)
