@@ -8,7 +8,6 @@ Pruning", and the released code where the paper is silent.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -19,22 +18,24 @@ from torch import Tensor
 from sparsekit import prune
 from sparsekit.codec import decode, decode_masks, encode, inspect
 from sparsekit.codec.core import STEPS, Level, Values
+from sparsekit.codec.wire import Buffer
 from sparsekit.errors import CodecError, TemplateError, ValueRangeError
+from sparsekit.fed import messages
 from sparsekit.fed.config import RunConfig
+from sparsekit.fed.merging import Merger, Update, pieces
 from sparsekit.fed.plan import (
     TASK_EVALUATE,
     TASK_TRAIN,
     TrainPlan,
     build_model,
     plan_for,
+    to_control,
     work_per_weight,
 )
 from sparsekit.fed.pruning import regrown_share, scheduled_sparsity
 from sparsekit.fed.regrow import exchange, exchanged
 from sparsekit.fed.seeds import derive_seed
 from sparsekit.types import Masks, Size3, State
-
-_PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,6 @@ class ServerState:
     first_voxel: Size3
     in_shape: Size3
     sent: dict[str, Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class Update:
-    """A site's decoded and checked reply."""
-
-    weights: dict[str, Tensor]
-    masks: dict[str, Tensor] | None
-    n_train: int
 
 
 class NonFiniteUpdateError(CodecError):
@@ -112,6 +104,7 @@ def initial_state(
             min_per_filter=config.min_per_filter,
             within=None,
             work=_work(config.scope, config.width, in_shape),
+            granularity=config.granularity,
         )
         prune.zero_outside(weights, masks)
     return ServerState(
@@ -132,8 +125,8 @@ class Order:
     ----------
     plan : TrainPlan
         The work.
-    payload : bytes
-        The model.
+    message : bytes
+        Plan and model.
     based : bool
         Whether only a site that holds the model sent before can decode it.
     sent : ServerState
@@ -141,9 +134,14 @@ class Order:
     """
 
     plan: TrainPlan
-    payload: bytes
+    message: bytes
     based: bool
     sent: ServerState
+
+    @property
+    def payload(self) -> memoryview:
+        """The model, a view of the message."""
+        return messages.unpack(self.message).payload
 
 
 def plan_round(state: ServerState, config: RunConfig) -> Order:
@@ -169,14 +167,16 @@ def plan_round(state: ServerState, config: RunConfig) -> Order:
     if config.values != "lossless":
         weights = decode(payload, base=state.sent, template=weights)
     based = inspect(payload).base_digest is not None
-    return Order(plan, payload, based, replace(state, weights=weights))
+    message = messages.pack(to_control(plan), payload)
+    return Order(plan, message, based, replace(state, weights=weights))
 
 
-def whole_payload(order: Order) -> bytes:
-    """Return a payload of the same model that any site can decode."""
+def whole_order(order: Order) -> Order:
+    """Return an order of the same model that any site can decode."""
     if not order.based:
-        return order.payload
-    return encode_whole(order.sent, order.plan)
+        return order
+    payload = encode_whole(order.sent, order.plan)
+    return replace(order, message=messages.pack(to_control(order.plan), payload), based=False)
 
 
 def encode_whole(sent: ServerState, plan: TrainPlan) -> bytes:
@@ -225,6 +225,7 @@ def purge_masks(
     min_per_filter: int,
     within: Masks | None,
     work: Mapping[str, float] | None,
+    granularity: str = "weight",
 ) -> dict[str, Tensor]:
     """Choose the weights that survive a pruning to ``sparsity``, inside ``within``.
 
@@ -240,6 +241,7 @@ def purge_masks(
             prunable,
             sparsity,
             scope=scope,
+            granularity=granularity,
             within=within,
             min_per_filter=min_per_filter,
             work=work,
@@ -257,7 +259,7 @@ def maskable_names(weights: State, *, paper: bool) -> list[str]:
     return [name for name, tensor in weights.items() if paper or is_prunable(name, tensor)]
 
 
-def read_update(payload: bytes, *, plan: TrainPlan, sent: ServerState, n_train: int) -> Update:
+def read_update(payload: Buffer, *, plan: TrainPlan, sent: ServerState, n_train: int) -> Update:
     """Decode a site's payload against what it was sent, and refuse what must not be averaged.
 
     Raises
@@ -313,28 +315,6 @@ def check_norm(update: Update, sent: ServerState, bound: float) -> None:
         )
 
 
-def average(updates: Sequence[Update]) -> dict[str, Tensor]:
-    """Average weights by number of training scans: float64 sums in the given order, float32 out."""
-    total = sum(update.n_train for update in updates)
-    merged: dict[str, Tensor] = {}
-    for name, first in updates[0].weights.items():
-        merged[name] = torch.empty_like(first, memory_format=torch.contiguous_format)
-        flat = [update.weights[name].reshape(-1) for update in updates]
-        for piece in pieces(first.numel()):
-            accumulated = torch.zeros(len(flat[0][piece]), dtype=torch.float64)
-            for values, update in zip(flat, updates, strict=True):
-                accumulated += values[piece].double() * (update.n_train / total)
-            # + 0.0 turns -0.0 into +0.0, which is all that the codec would change.
-            merged[name].view(-1)[piece] = accumulated.to(first.dtype) + 0.0
-    return merged
-
-
-def pieces(count: int) -> Iterator[slice]:
-    """Cut a tensor of ``count`` elements, so that its float64 copy never is there as a whole."""
-    for first in range(0, count, _PIECE):
-        yield slice(first, min(count, first + _PIECE))
-
-
 def guard_filters(
     masks: Masks, weights: State, within: Masks | None, least: int
 ) -> dict[str, Tensor]:
@@ -367,18 +347,16 @@ def _largest_of_filters(weight: Tensor, within: Tensor | None, least: int) -> Te
 
 def aggregate(
     state: ServerState,
-    updates: Mapping[str, Update],
+    updates: Merger,
     config: RunConfig,
     sent: State | None = None,
 ) -> ServerState:
-    """Merge one round's updates, sorted by site, and prune where the strategy says so.
+    """Average one round's updates, and prune where the strategy says so.
 
     `sent` is the model as the sites decoded it, if rounding has changed it: what that took away
     is added again, so that it travels with a later round.
     """
-    assert updates, "a round without updates must end before aggregation"
-    ordered = [updates[site] for site in sorted(updates)]
-    weights = average(ordered)
+    weights = updates.average()
     if sent is not None:
         for name, merged in weights.items():
             # In place and in pieces: of a large model there is no second copy.
@@ -391,8 +369,7 @@ def aggregate(
     sparsity = scheduled_sparsity(config, number)
     if sparsity is not None:
         if config.strategy == "fedsparsify-local":
-            votes = [update.masks for update in ordered if update.masks is not None]
-            masks = prune.majority_vote(votes)
+            masks = prune.majority_vote(updates.votes)
             if not config.paper:
                 masks = guard_filters(masks, weights, state.masks, config.min_per_filter)
         else:
@@ -404,6 +381,7 @@ def aggregate(
                 min_per_filter=config.min_per_filter,
                 within=masks,
                 work=_work(config.scope, config.width, state.in_shape),
+                granularity=config.granularity,
             )
         if config.paper:
             masks = {n: m & (weights[n] != 0) for n, m in masks.items()}
@@ -416,6 +394,5 @@ def aggregate(
             n: torch.where(before[n], w, 0.0) if n in masks else w for n, w in weights.items()
         }
     if masks is not None:
-        for name, mask in masks.items():
-            weights[name].masked_fill_(~mask, 0.0)
+        prune.zero_outside(weights, masks)
     return replace(state, round=number, weights=weights, masks=masks)

@@ -52,8 +52,10 @@ def save(run: Path, checkpoint: Checkpoint, *, keep: int) -> None:
             shutil.rmtree(leftover)
         try:
             temporary.mkdir()
-            payload = encode(server.weights, masks=server.masks, round=server.round)
-            (temporary / _MODEL).write_bytes(payload)
+            # One payload at a time in memory.
+            (temporary / _MODEL).write_bytes(
+                encode(server.weights, masks=server.masks, round=server.round)
+            )
             if server.sent is not None:
                 (temporary / _SENT).write_bytes(encode(server.sent, round=server.round))
             state = {

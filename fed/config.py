@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import torch
 
@@ -22,6 +22,7 @@ from sparsekit.fed.engines.options import (
     options_of,
     require_extra,
 )
+from sparsekit.fed.typed import typed
 from sparsekit.types import Size3
 
 STRATEGIES = ("centralized", "fedavg", "fedsparsify-global", "fedsparsify-local")
@@ -73,9 +74,11 @@ class RunConfig:
         Mirror each training scan left-right with probability one half.
     shift : int
         Move each training scan by up to this many voxels along each axis, at random.
-    scope, schedule, exponent, prune_start, prune_end, prune_every, min_per_filter
-        Of the pruning; see `sparsekit.prune.magnitude_masks` and `sparsekit.schedule`. The final
-        sparsity is there after round ``prune_end``, 0 for the last one.
+    scope, granularity, min_per_filter
+        Of the pruning; see `sparsekit.prune.magnitude_masks`.
+    schedule, exponent, prune_start, prune_end, prune_every
+        See `sparsekit.schedule`. The final sparsity is there after round ``prune_end``, 0 for the
+        last one.
     initial_sparsity : float
         Sparsity before the first round, chosen from the initial weights; 0 for a dense start.
     regrow, regrow_every, regrow_end, regrow_scans
@@ -113,6 +116,8 @@ class RunConfig:
         ``threads`` is the total over all sites trained at the same time.
     deadline : float
         Seconds within which a site's process must have replied; a later one is out for the round.
+    cache : str
+        Folder of prepared scans; empty for ``cache`` beside the run's folder.
     keep_checkpoints : int
         How many of the newest checkpoints stay on disk; 0 keeps every round's.
     flare, flower : FlareOptions, FlowerOptions or None
@@ -140,6 +145,7 @@ class RunConfig:
     flips: bool = True
     shift: int = 0
     scope: str = "global"
+    granularity: str = "weight"
     schedule: str = "polynomial"
     exponent: float = 3.0
     prune_start: int = 1
@@ -169,13 +175,16 @@ class RunConfig:
     threads: int = 2
     device: str = "cpu"
     seed: int = 0
+    cache: str = ""
     keep_checkpoints: int = 2
     flare: FlareOptions | None = None
     flower: FlowerOptions | None = None
 
     def __post_init__(self) -> None:
-        if any("\ud800" <= letter <= "\udfff" for letter in self.cohort):
-            raise UsageError(f"cohort: {self.cohort!r} is not UTF-8; rename that file or folder")
+        for name in ("cohort", "cache"):
+            path = getattr(self, name)
+            if any("\ud800" <= letter <= "\udfff" for letter in path):
+                raise UsageError(f"{name}: {path!r} is not UTF-8; rename that file or folder")
         _choice("strategy", self.strategy, STRATEGIES)
         _choice("engine", self.engine, ENGINES)
         self._check_deployment()
@@ -269,6 +278,7 @@ PAPER_PRESET: dict[str, Any] = {
     "resolution": 2,
     "crop": False,
     "scope": "global",
+    "granularity": "weight",
     "exponent": 3.0,
     "prune_start": 1,
     "prune_every": 1,
@@ -315,7 +325,8 @@ def make_config(*layers: Mapping[str, Any]) -> RunConfig:
     for name, value in merged.items():
         if name not in hints:
             raise UsageError(f"{name}: unknown setting; known: {', '.join(sorted(hints))}")
-        merged[name] = _as_type(name, value, hints[name])
+        # Settings with named values are checked by RunConfig itself.
+        merged[name] = typed(name, value, hints[name])
     given = "cohort" in merged
     merged.setdefault("cohort", "")
     config = RunConfig(**merged)
@@ -327,23 +338,6 @@ def make_config(*layers: Mapping[str, Any]) -> RunConfig:
             "device: torch can use no GPU here (see `sparsekit doctor`); choose --device cpu"
         )
     return config
-
-
-def _as_type(name: str, value: Any, hint: Any) -> Any:
-    # Settings with named values are checked by RunConfig itself.
-    kinds = (str,) if get_origin(hint) is Literal else get_args(hint) or (hint,)
-    if value is None and type(None) in kinds:
-        return None
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError:
-            raise UsageError(f"{name}: expected a smaller number than one past 1e308") from None
-    for kind in kinds:
-        if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-            return value
-    expected = " or ".join(k.__name__ for k in kinds if k is not type(None))
-    raise UsageError(f"{name}: expected {expected}, got {value!r}")
 
 
 def load_config_file(path: Path) -> dict[str, Any]:

@@ -5,9 +5,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sparsekit.codec import inspect
-from sparsekit.fed.algorithm import Order, ServerState, is_prunable, pieces
+from sparsekit.fed.algorithm import Order, ServerState, is_prunable
 from sparsekit.fed.ledger import LedgerRow
-from sparsekit.fed.rounds import Answer
+from sparsekit.fed.merging import pieces
+from sparsekit.fed.plan import Report
 from sparsekit.types import Masks, State
 
 
@@ -22,15 +23,15 @@ def sum_bytes(rows: Iterable[LedgerRow], direction: str, level: str) -> int | No
     return None if None in counts else sum(counts)
 
 
-def evaluation(answers: Mapping[str, Answer]) -> dict[str, Any]:
+def evaluation(reports: Mapping[str, Report]) -> dict[str, Any]:
     """Combine the sites' errors on their held-out people, in years."""
     sites: dict[str, float | None] = {}
     counts: dict[str, int] = {}
     total = 0.0
     people = 0
     diverged = False
-    for site in sorted(answers):
-        report = answers[site].report
+    for site in sorted(reports):
+        report = reports[site]
         if report.test_abs_error_sum is None:
             diverged = True
             sites[site] = None
@@ -45,7 +46,7 @@ def evaluation(answers: Mapping[str, Answer]) -> dict[str, Any]:
         "test_n": people,
         "site_mae": sites,
         "site_n": counts,
-        "train_n": sum(answer.report.n_train for answer in answers.values()),
+        "train_n": sum(report.n_train for report in reports.values()),
     }
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sparsekit.codec.wire import Buffer
 from sparsekit.errors import FormatError, TruncatedError
 
 _HEADER = struct.Struct("<4sIQ")
@@ -21,20 +22,28 @@ MAX_CONTROL_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Message:
-    """What was sent: ``control``, plain JSON values, and ``payload``, codec bytes or nothing."""
+    """What was sent: ``control``, plain JSON values, and ``payload``, codec bytes or nothing.
+
+    The payload is a view of the message, not a copy.
+    """
 
     control: Mapping[str, Any]
-    payload: bytes
+    payload: memoryview
     control_bytes: int
 
 
-def pack(control: Mapping[str, Any], payload: bytes = b"") -> bytes:
+def pack(control: Mapping[str, Any], payload: Buffer = b"") -> bytes:
     """Serialize one message; equal input gives equal bytes."""
+    return head(control, len(payload)) + payload
+
+
+def head(control: Mapping[str, Any], payload_bytes: int) -> bytes:
+    """Return what `pack` puts before the payload, for those who send it from where it is."""
     text = json.dumps(control, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-    return _HEADER.pack(_MAGIC, len(text), len(payload)) + text + payload
+    return _HEADER.pack(_MAGIC, len(text), payload_bytes) + text
 
 
-def unpack(data: bytes) -> Message:
+def unpack(data: Buffer) -> Message:
     """Read one whole message.
 
     Raises
@@ -57,13 +66,14 @@ def unpack(data: bytes) -> Message:
         raise kind(f"message: its header says {expected} bytes, got {len(data)}")
     start = FRAMING_BYTES + control_length
     try:
-        text = data[FRAMING_BYTES:start].decode("utf-8")
+        text = bytes(data[FRAMING_BYTES:start]).decode("utf-8")
         control = json.loads(text, parse_int=_integer, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"message: control is not JSON: {error}") from None
     if not isinstance(control, dict):
         raise FormatError(f"message: control is a {type(control).__name__}, not an object")
-    return Message(control=control, payload=data[start:], control_bytes=control_length)
+    payload = memoryview(data)[start:]
+    return Message(control=control, payload=payload, control_bytes=control_length)
 
 
 def _integer(text: str) -> int:

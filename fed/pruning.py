@@ -3,8 +3,9 @@
 import math
 from typing import TYPE_CHECKING
 
-from sparsekit.errors import UsageError
+from sparsekit.errors import ArgumentError, UsageError
 from sparsekit.fed.checks import choice, in_range
+from sparsekit.prune.groups import N_OF_M, parse
 from sparsekit.schedule import (
     ExponentialSchedule,
     OneShotSchedule,
@@ -33,6 +34,7 @@ def check(config: "RunConfig") -> None:
         in_range(name, getattr(config, name), 1, None)
     in_range("prune_end", config.prune_end, 0, config.rounds)
     in_range("regrow_end", config.regrow_end, 0, None)
+    _check_granularity(config)
     if not config.sparse:
         return
     if config.rounds <= config.prune_start:
@@ -60,6 +62,34 @@ def check(config: "RunConfig") -> None:
             "regrow: not with fedsparsify-local, where the sites vote on what stays; choose "
             "fedsparsify-global or centralized"
         )
+
+
+def _check_granularity(config: "RunConfig") -> None:
+    try:
+        parse(config.granularity)
+    except ArgumentError as error:
+        raise UsageError(str(error)) from None
+    if config.granularity == "weight":
+        return
+    alone = {
+        "paper": config.paper,
+        "fedsparsify-local": config.strategy == "fedsparsify-local",
+        "regrow": bool(config.regrow),
+    }
+    for other, chosen in alone.items():
+        if chosen:
+            raise UsageError(
+                f"granularity: {other} chooses weight by weight, got {config.granularity!r}; leave "
+                "one of the two out"
+            )
+    if config.granularity == N_OF_M and config.sparse:
+        once = config.schedule == "one-shot" or config.rounds == config.prune_start + 1
+        if config.sparsity != 0.5 or config.initial_sparsity not in (0.0, 0.5) or not once:
+            raise UsageError(
+                "granularity: 2:4 prunes half of the weights at once; expected sparsity = 0.5, "
+                f"schedule = one-shot and initial_sparsity = 0 or 0.5, got {config.sparsity}, "
+                f"{config.schedule} and {config.initial_sparsity}"
+            )
 
 
 def schedule_of(config: "RunConfig") -> Schedule:

@@ -1,11 +1,11 @@
 """One round of the server loop: send, receive, check every reply, account for it, aggregate."""
 
-import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sparsekit.codec.core import STEPS
+from sparsekit.codec.wire import Buffer
 from sparsekit.errors import BaseMismatchError, CodecError, RunError, TemplateError
 from sparsekit.fed import messages
 from sparsekit.fed.algorithm import (
@@ -13,28 +13,20 @@ from sparsekit.fed.algorithm import (
     NonFiniteUpdateError,
     Order,
     ServerState,
-    Update,
     aggregate,
     check_norm,
     plan_round,
     read_update,
-    whole_payload,
+    whole_order,
 )
 from sparsekit.fed.config import RunConfig
 from sparsekit.fed.engines.base import STALE, Answered, Engine, Failure, Reply
 from sparsekit.fed.ledger import OUTCOME_OK, LedgerRow, message_row
-from sparsekit.fed.plan import TASK_TRAIN, Hello, Report, TrainPlan, from_control, to_control
+from sparsekit.fed.merging import Merger
+from sparsekit.fed.plan import TASK_TRAIN, Hello, Report, TrainPlan, from_control
 
 # Even float32 numbers that have run away give less.
 _MOST_REPORTED = 1e100
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A site's accepted reply."""
-
-    report: Report
-    update: Update | None
 
 
 @dataclass(frozen=True)
@@ -47,8 +39,8 @@ class RoundOutcome:
         After aggregation; unchanged by an exchange that only evaluates.
     rows : list of LedgerRow
         Two per site.
-    answers : dict of Answer
-        Accepted replies by site.
+    answers : dict of Report
+        What came with the accepted replies, by site; their weights are in the state.
     failures : dict of Failure
         The others, each with its named outcome.
     order : Order
@@ -57,7 +49,7 @@ class RoundOutcome:
 
     state: ServerState
     rows: list[LedgerRow]
-    answers: dict[str, Answer]
+    answers: dict[str, Report]
     failures: dict[str, Failure]
     order: Order
 
@@ -84,19 +76,23 @@ def play_round(
     plan = order.plan
     dense_bytes = 4 * sum(tensor.numel() for tensor in state.weights.values())
     replies, rows = _exchange(order, engine, sorted(hellos), answered, holding, dense_bytes)
-    answers: dict[str, Answer] = {}
+    answers: dict[str, Report] = {}
     failures: dict[str, Failure] = {}
+    updates = Merger()
     for site in sorted(hellos):
-        # Once decoded it is not needed: of large models not all replies are held twice.
+        # Once decoded and added it is not needed: of large models few are held at a time.
         reply = replies.pop(site)
         lost = reply if isinstance(reply, Failure) else None
-        data = b"" if isinstance(reply, Failure) else reply.data
-        verdict = reply if isinstance(reply, Failure) else _judge(data, order, hellos[site], config)
+        data: Buffer = b"" if isinstance(reply, Failure) else reply.data
+        if isinstance(reply, Failure):
+            verdict: Report | Failure = reply
+        else:
+            verdict = _judge(data, order, hellos[site], config, updates)
         if isinstance(verdict, Failure):
             failures[site] = verdict
         else:
             answers[site] = verdict
-        report = verdict.report if isinstance(verdict, Answer) else None
+        report = verdict if isinstance(verdict, Report) else None
         rows.append(
             message_row(
                 round_number=plan.round,
@@ -117,7 +113,6 @@ def play_round(
         )
     _require_quorum(plan, config, answers, failures, rows)
     if plan.task == TASK_TRAIN:
-        updates = {site: a.update for site, a in answers.items() if a.update is not None}
         rounded = order.sent.weights if config.values in STEPS else None
         state = replace(
             aggregate(state, updates, config, rounded), sent=dict(order.sent.weights)
@@ -134,18 +129,17 @@ def _exchange(
     dense_bytes: int,
 ) -> tuple[dict[str, Reply | Failure], list[LedgerRow]]:
     """Send every site what it can decode; return the replies and the account of what went out."""
-    whole = functools.cache(lambda: whole_payload(order))
-    packed = functools.cache(lambda payload: messages.pack(to_control(order.plan), payload))
-    payloads = {
-        site: order.payload if site in holding or not order.based else whole() for site in sites
-    }
-    replies = engine.exchange({site: packed(payloads[site]) for site in sites}, answered)
-    rows = [_down(order, engine, s, payloads[s], replies[s], dense_bytes) for s in sites]
+    # One message for all that get the same.
+    new = [site for site in sites if site not in holding]
+    whole = whole_order(order) if new else None
+    sent = {site: order if whole is None or site in holding else whole for site in sites}
+    replies = engine.exchange({site: sent[site].message for site in sites}, answered)
+    rows = [_down(sent[s], engine, s, replies[s], dense_bytes) for s in sites]
     again = []
     for site in sites:
         reply = replies[site]
         lost = isinstance(reply, Failure) and reply.outcome == STALE
-        if lost and order.based and payloads[site] is order.payload:
+        if lost and sent[site].based:
             again.append(site)
             rows.append(
                 message_row(
@@ -163,19 +157,15 @@ def _exchange(
                 )
             )
     if again:
-        second = engine.exchange(dict.fromkeys(again, packed(whole())), lambda _: None)
-        rows += [_down(order, engine, s, whole(), second[s], dense_bytes) for s in again]
+        whole = whole or whole_order(order)
+        second = engine.exchange(dict.fromkeys(again, whole.message), lambda _: None)
+        rows += [_down(whole, engine, s, second[s], dense_bytes) for s in again]
         replies |= second
     return replies, rows
 
 
 def _down(
-    order: Order,
-    engine: Engine,
-    site: str,
-    payload: bytes,
-    reply: Reply | Failure,
-    dense_bytes: int,
+    order: Order, engine: Engine, site: str, reply: Reply | Failure, dense_bytes: int
 ) -> LedgerRow:
     lost = reply if isinstance(reply, Failure) else None
     unsent = lost is not None and lost.sent_bytes == 0
@@ -185,15 +175,15 @@ def _down(
         direction="down",
         outcome=lost.outcome if lost and unsent else OUTCOME_OK,
         dense_equivalent_bytes=0 if unsent else dense_bytes,
-        message_bytes=len(messages.pack(to_control(order.plan))) + len(payload),
-        payload_bytes=len(payload),
+        message_bytes=len(order.message),
+        payload_bytes=len(order.payload),
         travels=engine.travels,
         frame_bytes=engine.frame_bytes,
         carried_bytes=lost.sent_bytes if lost else None,
     )
 
 
-def _payload_bytes(data: bytes) -> int:
+def _payload_bytes(data: Buffer) -> int:
     """Return the payload's share of a reply, 0 for bytes that are no message."""
     try:
         return len(messages.unpack(data).payload)
@@ -201,8 +191,10 @@ def _payload_bytes(data: bytes) -> int:
         return 0
 
 
-def _judge(data: bytes, order: Order, hello: Hello, config: RunConfig) -> Answer | Failure:
-    """Check a reply from end to end; whatever is wrong costs this site this round only."""
+def _judge(
+    data: Buffer, order: Order, hello: Hello, config: RunConfig, updates: Merger
+) -> Report | Failure:
+    """Check a reply from end to end and add its update; what is wrong costs only its site."""
     plan = order.plan
     try:
         message = messages.unpack(data)
@@ -216,11 +208,12 @@ def _judge(data: bytes, order: Order, hello: Hello, config: RunConfig) -> Answer
         if not _is_plausible(report, hello):
             return Failure("corrupt", "its report has counts or sums that cannot be")
         if plan.task != TASK_TRAIN:
-            return Answer(report=report, update=None)
+            return report
         update = read_update(message.payload, plan=plan, sent=order.sent, n_train=hello.n_train)
         if config.max_update_norm is not None:
             check_norm(update, order.sent, config.max_update_norm)
-        return Answer(report=report, update=update)
+        updates.add(update)
+        return report
     except BaseMismatchError as error:
         return Failure(STALE, str(error))
     except TemplateError as error:
@@ -251,7 +244,7 @@ class QuorumError(RunError):
 def _require_quorum(
     plan: TrainPlan,
     config: RunConfig,
-    answers: Mapping[str, Answer],
+    answers: Mapping[str, Report],
     failures: Mapping[str, Failure],
     rows: list[LedgerRow],
 ) -> None:

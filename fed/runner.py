@@ -69,7 +69,8 @@ def start_run(
     run : Path
         Folder to make; it must not hold anything yet.
     cache : Path, optional
-        Folder for the caches of scans, shared between runs; ``cache`` beside ``run`` by default.
+        Folder for the caches of scans, shared between runs; by default that of the settings, or
+        ``cache`` beside ``run``.
     watcher : Watcher, optional
         Told of the progress.
 
@@ -92,10 +93,13 @@ def start_run(
         )
     if not config.deployed and not Path(config.cohort).exists():
         raise UsageError(f"cohort: no such file or folder: {config.cohort}")
+    if cache is not None or config.cache:
+        # Absolute, for it is written down, and the run may be resumed from any folder.
+        config = replace(config, cache=str((cache or Path(config.cache)).absolute()))
     run.mkdir(parents=True, exist_ok=True)
     write_atomically(run / CONFIG_FILE, dump_config(config).encode())
     try:
-        return _play(config, run, cache or _default_cache(run), watcher or Silent())
+        return _play(config, run, _cache_of(config, run), watcher or Silent())
     except (CohortError, UsageError):
         # Nothing has been trained: once cohort or command are mended, the folder can be used again.
         if not checkpoint.saved_rounds(run):
@@ -112,9 +116,9 @@ def _is_unused(run: Path) -> bool:
     return run.is_dir() and all(path.match(pattern) for path in run.iterdir())
 
 
-def _default_cache(run: Path) -> Path:
-    """Return the folder beside the run, also for a run in the current folder."""
-    return run.resolve().parent / "cache"
+def _cache_of(config: RunConfig, run: Path) -> Path:
+    """Return the cache that the settings name, or that beside the run, also of a run in "."."""
+    return Path(config.cache) if config.cache else run.resolve().parent / "cache"
 
 
 def resume_run(
@@ -130,7 +134,7 @@ def resume_run(
     if not (run / CONFIG_FILE).is_file():
         raise UsageError(f"run: {run} has no {CONFIG_FILE}; expected the --out of `fed run`")
     config = make_config(load_config_file(run / CONFIG_FILE))
-    return _play(config, run, cache or _default_cache(run), watcher or Silent())
+    return _play(config, run, cache or _cache_of(config, run), watcher or Silent())
 
 
 def site_folder(run: Path, site: str) -> Path:
@@ -280,7 +284,7 @@ def _loop(
             raise QuorumError(text, error.rows) from None
         for site, failure in outcome.failures.items():
             watcher.notice(f"round {number}: {site} is out: {failure.outcome} ({failure.detail})")
-        holding, order = frozenset(outcome.answers), outcome.order
+        holding = frozenset(outcome.answers)
         # The reports tell how good the model was that the sites received.
         history[-1] = history[-1] | evaluation(outcome.answers)
         if history[-1]["test_n"]:
@@ -289,25 +293,27 @@ def _loop(
         seconds += time.perf_counter() - start
         entry = history_entry(outcome.state, number, outcome.rows, seconds)
         entry["weight_change"] = weight_change(server.weights, outcome.state)
-        entry["mask_bits_per_weight"] = mask_bits_per_weight(order)
+        entry["mask_bits_per_weight"] = mask_bits_per_weight(outcome.order)
         if number > config.rounds:
             history[-1] |= {"final_" + k: entry[k] for k in ("payload_down", "transport_down")}
-            break
-        losses = [a.report.train_loss for a in outcome.answers.values()]
+            # As the sites received it, for that is what they evaluated.
+            sent = outcome.order.sent
+            model = encode_whole(sent, replace(outcome.order.plan, round=server.round))
+            write_atomically(run / MODEL_FILE, model)
+            return Checkpoint(server, history, ledger.size_bytes, seconds, saved.contents)
+        losses = [report.train_loss for report in outcome.answers.values()]
         known = [loss for loss in losses if loss is not None]
         entry["train_loss"] = sum(known) / len(known) if known else None
         entry["sites_asked"], entry["sites_in"] = len(asked), len(outcome.answers)
         server = outcome.state
         history.append(entry)
+        # Else its messages would be held while the next ones are made.
+        del outcome
         checkpoint.save(
             run,
             Checkpoint(server, history, ledger.size_bytes, seconds, saved.contents),
             keep=config.keep_checkpoints,
         )
-    # As the sites received it at the end, for that is what they evaluated.
-    model = encode_whole(order.sent, replace(order.plan, round=server.round))
-    write_atomically(run / MODEL_FILE, model)
-    return Checkpoint(server, history, ledger.size_bytes, seconds, saved.contents)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sparsekit import flops, nn
 from sparsekit.codec import decode, decode_masks
+from sparsekit.codec.wire import Buffer
 from sparsekit.fed import messages
 from sparsekit.fed.algorithm import encode_model, local_masks, maskable_names
 from sparsekit.fed.plan import TASK_TRAIN, Hello, Report, TrainPlan, build_model, from_control
@@ -86,7 +87,7 @@ class Site:
         )
         return messages.pack(as_control(hello))
 
-    def handle(self, request: bytes, cancelled: Callable[[], bool] = lambda: False) -> bytes:
+    def handle(self, request: Buffer, cancelled: Callable[[], bool] = lambda: False) -> bytes:
         """Evaluate the received model on held-out people and, if asked to, train and send it back.
 
         Raises
@@ -100,11 +101,10 @@ class Site:
         plan = from_control(TrainPlan, message.control)
         model = build_model(plan)
         template = {name: p.detach() for name, p in model.named_parameters()}
-        base = self.held
-        weights = decode(message.payload, base=base, template=template)
+        weights = decode(message.payload, base=self.held, template=template)
         masks: dict[str, Tensor] | None = None
         if plan.masked:
-            kept = decode_masks(message.payload, base=base)
+            kept = decode_masks(message.payload, base=self.held)
             masks = {name: kept[name] for name in maskable_names(weights, paper=plan.paper)}
         self.held = weights
         with torch.no_grad():
@@ -162,6 +162,8 @@ class Site:
                 counted, executed = gradient_flops(trained, plan)
                 report["flops_counted"] += counted * scans
                 report["flops_executed"] += executed * scans
+            # As large as the model, and the codec needs room.
+            trained.zero_grad(set_to_none=True)
             payload = self._update(trained, plan, weights, masks, gradients)
         return messages.pack(as_control(from_control(Report, report)), payload)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from sparsekit.codec.wire import Buffer
 from sparsekit.errors import BaseMismatchError, CodecError, SparsekitError
 from sparsekit.fed import messages
 from sparsekit.fed.engines import framed
@@ -11,7 +12,7 @@ from sparsekit.fed.site import Site
 _OUTCOMES = ("corrupt", "dead", STALE)
 
 
-def answer(site: Site, request: bytes, abandoned: Callable[[], bool]) -> tuple[int, bytes]:
+def answer(site: Site, request: Buffer, abandoned: Callable[[], bool]) -> tuple[int, bytes]:
     """Let the site handle a request; return the kind of frame and its bytes."""
     try:
         return framed.REPLY, site.handle(request, abandoned)
@@ -29,7 +30,7 @@ def account(outcome: str, detail: str) -> bytes:
     return messages.pack({"outcome": outcome, "detail": detail})
 
 
-def read_account(data: bytes) -> Failure:
+def read_account(data: Buffer) -> Failure:
     """Return the failure that a site, which may be hostile, tells of."""
     try:
         control = messages.unpack(data).control

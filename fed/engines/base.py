@@ -5,6 +5,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Protocol
 
+from sparsekit.codec.wire import Buffer
+
 Answered = Callable[[str], None]
 """Called with a site's name as soon as its answer, or its failure, is known."""
 
@@ -13,7 +15,7 @@ Answered = Callable[[str], None]
 class Reply:
     """A site's answer and how long it took, in seconds."""
 
-    data: bytes
+    data: Buffer
     seconds: float
 
 

@@ -4,15 +4,13 @@ FLARE copies this file into the job, but imports the installed package, which ev
 the same version.
 """
 
-import os
 import threading
 from pathlib import Path
 
 from nvflare.collab import collab
 
-from sparsekit.errors import UsageError
 from sparsekit.fed.engines.relay import serve
-from sparsekit.fed.engines.site_app import SITE_FILE, SiteApp
+from sparsekit.fed.engines.site_app import SiteApp, find_site_file
 
 
 class Server:
@@ -54,13 +52,5 @@ class Client:
         """Return the site's answer to a request."""
         with self._opening:
             if self._app is None:
-                self._app = SiteApp(_site_file(collab.site_name))
+                self._app = SiteApp(find_site_file(client=collab.site_name))
         return self._app.answer(request)
-
-
-def _site_file(client: str) -> Path:
-    given = os.environ.get(SITE_FILE)
-    if not given:
-        raise UsageError(f"{SITE_FILE}: set it to the site's TOML file before FLARE is started")
-    path = Path(given)
-    return path / f"{client}.toml" if path.is_dir() else path

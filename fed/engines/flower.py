@@ -1,13 +1,12 @@
 """Flower as an engine: ``python -m sparsekit.fed.engines.flower FOLDER`` submits the app.
 
 Either to a SuperLink that is running already, or to one that it starts on this machine, with a
-SuperNode for every site and, on demand, certificates and node keys.
+SuperNode for every site and, on demand, a certificate and node keys that are good for one run.
 """
 
+import contextlib
 import json
 import os
-import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -16,15 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from sparsekit.fed.engines import framed
-from sparsekit.fed.engines.options import FlowerOptions
-from sparsekit.fed.engines.relayed import BRIDGE_FILE, JOB_FILE
+from sparsekit.fed.engines.submitted import follow, read_job
 
-PROGRAM = "sparsekit.fed.engines.flower"
 _CONNECTION = "sparsekit"
 # Each look is a process of its own.
-_WATCH_SECONDS = 10.0
-# For a run whose server side has been told goodbye.
-_END_SECONDS = 15.0
+_LOOK_SECONDS = 10.0
 _APP = """[project]
 name = "sparsekit-relay"
 version = "1.0.0"
@@ -35,154 +30,94 @@ publisher = "sparsekit"
 serverapp = "sparsekit.fed.engines.flower_app:server"
 clientapp = "sparsekit.fed.engines.flower_app:client"
 [tool.flwr.app.config]
-bridge = ""
-nodes = 0
-start-seconds = 0.0
+folder = {folder}
 """
-
-
-def node_names(count: int) -> list[str]:
-    """Return names for the files of the sites of this machine."""
-    return [f"node-{number}" for number in range(1, count + 1)]
-
-
-def job_of(options: FlowerOptions, names: list[str]) -> dict[str, Any]:
-    """Return what the program below has to know."""
-    return {
-        "mode": options.mode,
-        "tls": options.tls,
-        "nodes": names,
-        "address": options.address,
-        "root_certificates": options.root_certificates,
-        "start_seconds": options.start_seconds,
-    }
+_CERTIFICATE = (
+    *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:secp384r1"),
+    *("-nodes", "-days", "30", "-subj", "/CN=sparsekit run"),
+    *("-addext", "keyUsage=critical,digitalSignature,keyCertSign"),
+    *("-addext", f"subjectAltName=IP:{framed.HOST}", "-keyout", "server.key", "-out", "server.pem"),
+)
+_NODE_KEY = ("ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-C", "", "-f")
 
 
 def main(folder: Path) -> None:
     """Start what is to be started here, submit the app and wait; a signal ends it before."""
-    job = json.loads((folder / JOB_FILE).read_text(encoding="utf-8"))
+    job = read_job(folder)
     os.environ["FLWR_HOME"] = str(folder / "flwr")
-    address, certificates = job["address"], job["root_certificates"]
-    if job["mode"] == "local":
-        address = f"{framed.HOST}:{_free_port()}"
-        if job["tls"]:
-            from sparsekit.fed.engines.flower_keys import make_keys
-
-            make_keys(folder, job["nodes"])
-            certificates = str(folder / "ca.crt")
-        _start_superlink(folder, address, certificates)
-    _configure(folder, address, certificates)
-    if job["mode"] == "local":
-        _start_supernodes(folder, job["nodes"], address, certificates)
-    (folder / "app").mkdir()
-    (folder / "app" / "pyproject.toml").write_text(_APP, encoding="utf-8")
-    settings = {
-        "bridge": json.dumps(str(folder / BRIDGE_FILE)),
-        "nodes": len(job["nodes"]),
-        "start-seconds": float(job["start_seconds"]),
-    }
-    started = _flwr(
-        "run", str(folder / "app"), _CONNECTION, "--format", "json",
-        "-c", " ".join(f"{name}={value}" for name, value in settings.items()),
-    )  # fmt: skip
-    _watch(str(started["run-id"]), ours_to_stop=job["mode"] == "deployed")
-
-
-def _watch(run: str, *, ours_to_stop: bool) -> None:
-    """Wait for the end of the run; stop it, if it goes on, once we are told to end."""
-
-    def stop(_signal: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        while not _is_finished(run):
-            time.sleep(_WATCH_SECONDS)
-    except KeyboardInterrupt:
-        end = time.monotonic() + _END_SECONDS
-        while ours_to_stop and not _is_finished(run):
-            if time.monotonic() > end:
-                _flwr("stop", run, _CONNECTION, "--format", "json")
-                return
-            time.sleep(1.0)
-
-
-def _is_finished(run: str) -> bool:
-    found = _flwr("list", _CONNECTION, "--run-id", run, "--format", "json")
-    status = str(found["runs"][0]["status"])
-    return status.startswith("finished")
-
-
-def _start_superlink(folder: Path, address: str, certificates: str) -> None:
-    host, port = address.rsplit(":", 1)
-    if certificates:
-        secure = [
-            *("--ssl-ca-certfile", certificates, "--enable-supernode-auth"),
-            *("--ssl-certfile", str(folder / "server.pem")),
-            *("--ssl-keyfile", str(folder / "server.key")),
-        ]
-    else:
-        secure = ["--insecure"]
-    child = subprocess.Popen(
-        [
-            *(_program("flower-superlink"), "--host", host, "--port", port, *secure),
-            "--disable-runtime-dependency-installation",
-        ]
+    here = job["mode"] == "local"
+    address = f"{framed.HOST}:{_free_port()}" if here else job["address"]
+    # It is its own authority.
+    certificate = str(folder / "server.pem") if job["tls"] else job["root_certificates"]
+    security = (
+        f"root-certificates = {json.dumps(certificate)}" if certificate else "insecure = true"
     )
-    while not _listens(host, int(port)):
-        if child.poll() is not None:
-            raise SystemExit("the SuperLink ended; see above")
-        time.sleep(0.1)
+    for name, text in {
+        # The connection that the commands use; the user's own stays untouched.
+        "flwr/config.toml": f'[superlink.{_CONNECTION}]\naddress = "{address}"\n{security}\n',
+        "app/pyproject.toml": _APP.format(folder=json.dumps(str(folder))),
+    }.items():
+        (folder / name).parent.mkdir()
+        (folder / name).write_text(text, encoding="utf-8")
+    if here:
+        _start_superlink(folder, address, tls=job["tls"])
+        for name in job["names"]:
+            _start_supernode(folder, name, address, tls=job["tls"])
+    run = str(_flwr("run", str(folder / "app"), _CONNECTION)["run-id"])
+
+    def is_finished() -> bool:
+        (found,) = _flwr("list", _CONNECTION, "--run-id", run)["runs"]
+        return str(found["status"]).startswith("finished")
+
+    stop = None if here else lambda: _flwr("stop", run, _CONNECTION)
+    follow(is_finished, stop, every=_LOOK_SECONDS)
 
 
-def _start_supernodes(folder: Path, nodes: list[str], address: str, certificates: str) -> None:
-    for node in nodes:
-        secure = ["--insecure"]
-        if certificates:
-            _flwr("supernode", "register", str(folder / f"{node}.pub"), _CONNECTION)
-            secure = [
-                *("--root-certificates", certificates),
-                *("--auth-supernode-private-key", str(folder / node)),
-            ]
-        site = json.dumps(str(folder / "sites" / f"{node}.toml"))
-        subprocess.Popen(
-            [
-                *(_program("flower-supernode"), *secure, "--superlink", address),
-                *("--host", framed.HOST, "--port", str(_free_port())),
-                *("--node-config", f"site-file={site}"),
-            ]
+def _start_superlink(folder: Path, address: str, *, tls: bool) -> None:
+    host, port = address.split(":")
+    secure = ["--insecure"]
+    if tls:
+        subprocess.run(_CERTIFICATE, cwd=folder, check=True)
+        files = (
+            ("ca-certfile", "server.pem"),
+            ("certfile", "server.pem"),
+            ("keyfile", "server.key"),
         )
+        secure = [w for name, file in files for w in (f"--ssl-{name}", str(folder / file))]
+        secure.append("--enable-supernode-auth")
+    words = ("flower-superlink", "--host", host, "--port", port, *secure)
+    superlink = subprocess.Popen([*words, "--disable-runtime-dependency-installation"])
+    while superlink.poll() is None:
+        with contextlib.suppress(OSError):
+            socket.create_connection((host, int(port)), timeout=1.0).close()
+            return
+        time.sleep(0.1)
+    raise SystemExit("the SuperLink ended; see above")
 
 
-def _configure(folder: Path, address: str, certificates: str) -> None:
-    """Write the connection that the `flwr` commands use; the user's own stays untouched."""
-    root = f"root-certificates = {json.dumps(certificates)}"
-    security = root if certificates else "insecure = true"
-    home = folder / "flwr"
-    home.mkdir(exist_ok=True)
-    (home / "config.toml").write_text(
-        f"[superlink.{_CONNECTION}]\naddress = {json.dumps(address)}\n{security}\n",
-        encoding="utf-8",
-    )
+def _start_supernode(folder: Path, name: str, address: str, *, tls: bool) -> None:
+    secure = ["--insecure"]
+    if tls:
+        key = str(folder / name)
+        subprocess.run([*_NODE_KEY, key], check=True)
+        _flwr("supernode", "register", f"{key}.pub", _CONNECTION)
+        certificate = str(folder / "server.pem")
+        secure = ["--root-certificates", certificate, "--auth-supernode-private-key", key]
+    site = json.dumps(str(folder / "sites" / f"{name}.toml"))
+    words = ("flower-supernode", *secure, "--superlink", address, "--host", framed.HOST)
+    # Else all would want the same port for their programs.
+    port = str(_free_port())
+    subprocess.Popen([*words, "--port", port, "--node-config", f"site-file={site}"])
 
 
-def _flwr(*arguments: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [_program("flwr"), *arguments], capture_output=True, text=True, check=False, timeout=120
-    )
-    if done.returncode != 0:
-        raise SystemExit(f"flwr {arguments[0]}: {done.stdout}{done.stderr}")
-    start = done.stdout.find("{")
-    found: dict[str, Any] = json.loads(done.stdout[start:]) if start >= 0 else {}
-    if found.get("success") is False:
-        raise SystemExit(f"flwr {arguments[0]}: {done.stdout}{done.stderr}")
-    return found
-
-
-def _program(name: str) -> str:
-    found = shutil.which(name)
-    if found is None:
-        raise SystemExit(f"{name}: not found on PATH, though Flower is installed")
+def _flwr(*words: str) -> dict[str, Any]:
+    command = ["flwr", *words, "--format", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    found: dict[str, Any] = {"success": False}
+    with contextlib.suppress(ValueError):
+        found = json.loads(done.stdout[done.stdout.index("{") :])
+    if done.returncode or not found.get("success"):
+        raise SystemExit(f"flwr {' '.join(words)}: {done.stdout}{done.stderr}")
     return found
 
 
@@ -190,14 +125,6 @@ def _free_port() -> int:
     with socket.create_server((framed.HOST, 0)) as listener:
         port: int = listener.getsockname()[1]
         return port
-
-
-def _listens(host: str, port: int) -> bool:
-    try:
-        socket.create_connection((host, port), timeout=1.0).close()
-    except OSError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ The Flower app that `flower.py` submits holds nothing but the names of both; spa
 be installed at every site, in the same version.
 """
 
-import os
 import threading
 import time
 from pathlib import Path
@@ -13,19 +12,14 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from sparsekit.errors import UsageError
 from sparsekit.fed.engines.relay import serve
-from sparsekit.fed.engines.site_app import SITE_FILE, SiteApp, is_introduction
+from sparsekit.fed.engines.site_app import SiteApp, find_site_file, is_introduction
+from sparsekit.fed.engines.submitted import BRIDGE_FILE, read_job
 
-BRIDGE, NODES, START_SECONDS = "bridge", "nodes", "start-seconds"
-"""Names of the run's settings."""
-SITE_KEY = "site-file"
-"""Name in a SuperNode's configuration."""
-
-_RECORD, _KEY, _KIND = "bytes", "data", "sparsekit"
-_INTRODUCTION = "introduction"
+_SITE_KEY = "site-file"  # in a SuperNode's configuration
+_RECORD, _KEY, _KIND, _INTRODUCTION = "bytes", "data", "sparsekit", "introduction"
 _POLL_SECONDS = 0.2
-
+# One line each: Flower looks for the names before it imports this.
 server = ServerApp()
 client = ClientApp()
 
@@ -33,23 +27,23 @@ client = ClientApp()
 @server.main()
 def run_server(grid: Grid, context: Context) -> None:
     """Wait for the nodes, then carry requests to them until the run is over."""
-    settings = context.run_config
-    wanted = int(settings[NODES])
-    end = time.monotonic() + float(settings[START_SECONDS])
-    while len(nodes := {str(node): node for node in grid.get_node_ids()}) < wanted:
+    folder = Path(str(context.run_config["folder"]))
+    job = read_job(folder)
+    end = time.monotonic() + job["start_seconds"]
+    # Of those who do not come in time, the run hears by the list that it gets.
+    while len(nodes := {str(node): node for node in grid.get_node_ids()}) < len(job["names"]):
         if time.monotonic() > end:
-            # The run sees who is missing from the list that it gets.
             break
         time.sleep(_POLL_SECONDS)
     turn = threading.Lock()
 
     def ask(site: str, request: bytes, seconds: float) -> bytes:
-        message = Message(
-            _record(request), dst_node_id=nodes[site], message_type=MessageType.QUERY, ttl=seconds
-        )
-        until = time.monotonic() + seconds
+        content, until = _record(request), time.monotonic() + seconds
+        kind = MessageType.QUERY
+        message = Message(content, dst_node_id=nodes[site], message_type=kind, ttl=seconds)
         with turn:
             (number,) = grid.push_messages([message])
+        # Flower's own `send_and_receive` looks every 3 seconds.
         while time.monotonic() < until:
             with turn:
                 replies = list(grid.pull_messages([number]))
@@ -58,16 +52,13 @@ def run_server(grid: Grid, context: Context) -> None:
             time.sleep(_POLL_SECONDS)
         raise TimeoutError
 
-    serve(Path(str(settings[BRIDGE])), list(nodes), ask)
+    serve(folder / BRIDGE_FILE, list(nodes), ask)
 
 
 @client.query()
 def answer(message: Message, context: Context) -> Message:
     """Return the site's answer to a request; Flower starts a new process for each."""
-    given = str(context.node_config.get(SITE_KEY) or os.environ.get(SITE_FILE) or "")
-    if not given:
-        raise UsageError(f"{SITE_KEY}: start the SuperNode with --node-config '{SITE_KEY}=\"...\"'")
-    app = SiteApp(Path(given), keeps_model=True)
+    app = SiteApp(find_site_file(str(context.node_config.get(_SITE_KEY, ""))), keeps_model=True)
     request = _bytes_of(message)
     if is_introduction(request):
         context.state[_INTRODUCTION] = ConfigRecord({_KEY: request})

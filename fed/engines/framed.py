@@ -13,6 +13,8 @@ import termios
 import time
 from dataclasses import dataclass
 
+from sparsekit.codec.wire import Buffer
+
 HELLO, REQUEST, REPLY, FAILURE, BYE = range(1, 6)
 _HEADER = struct.Struct("<BQ")
 FRAME_BYTES = _HEADER.size
@@ -34,7 +36,7 @@ class Frame:
     """One frame as it came."""
 
     kind: int
-    data: bytes
+    data: bytearray
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +57,19 @@ class Connection:
         self._socket = sock
         self.sent = self.received = 0
 
-    def send(self, kind: int, data: bytes = b"", *, until: float | None = None) -> None:
+    def send(self, kind: int, *parts: Buffer, until: float | None = None) -> None:
         """Send one frame.
 
         Parameters
         ----------
         kind : int
             One of the constants above.
-        data : bytes
+        parts : bytes, bytearray or memoryview
+            Its bytes, in order; none are copied.
         until : float, optional
             Time of `time.monotonic` at which to give up with `TimeoutError`.
         """
-        for piece in (_HEADER.pack(kind, len(data)), data):
+        for piece in (_HEADER.pack(kind, sum(map(len, parts))), *parts):
             view = memoryview(piece)
             while view:
                 self._socket.settimeout(_left(until))
@@ -93,7 +96,7 @@ class Connection:
             raise BrokenFrameError(f"a frame of {length} bytes, at most {most} are taken")
         return Frame(kind, self._exactly(length, until))
 
-    def _exactly(self, count: int, until: float | None) -> bytes:
+    def _exactly(self, count: int, until: float | None) -> bytearray:
         # Memory grows with what has come, not with what was announced.
         data = bytearray()
         while len(data) < count:
@@ -103,7 +106,7 @@ class Connection:
                 raise EOFError("the other end closed the connection")
             self.received += len(piece)
             data += piece
-        return bytes(data)
+        return data
 
     def counts(self, *, linger: bool = True) -> Counts:
         """Compare with the operating system; with `linger` once all that was sent has arrived."""

@@ -1,12 +1,12 @@
 """From a run's settings to the engine of another framework."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 from sparsekit.fed.config import RunConfig
-from sparsekit.fed.engines import flare, flower
 from sparsekit.fed.engines.options import FlareOptions, FlowerOptions
-from sparsekit.fed.engines.relayed import RelayedEngine, site_files, torch_threads
+from sparsekit.fed.engines.relayed import RelayedEngine, site_files
 from sparsekit.fed.engines.site_app import introduction
 from sparsekit.fed.site import SitePeople
 
@@ -36,25 +36,23 @@ def open_relayed(
     options: FlareOptions | FlowerOptions
     if config.engine == "flare":
         options = config.flare or FlareOptions()
-        program, count = flare.PROGRAM, len(options.sites or sites)
-        names = flare.client_names(count)
-        job = flare.job_of(options, names)
     else:
         options = config.flower or FlowerOptions()
-        program, count = flower.PROGRAM, len(options.sites or sites)
-        names = flower.node_names(count)
-        job = flower.job_of(options, names)
+    count = len(options.sites or sites)
+    # Frameworks take few of the letters that we do.
+    names = [f"site-{number}" for number in range(1, count + 1)]
     if options.deployed:
         # Every site has a machine of its own.
         workers, threads, sizes, files = count, config.threads, dict.fromkeys(options.sites, 0), {}
     else:
-        workers, threads = torch_threads(config.threads, count)
+        workers = max(1, min(config.threads, count))
+        threads = max(1, config.threads // workers)
         sizes = {site.name: len(site.train) for site in sites}
         own = dict(zip(sizes, folders, strict=True))
         files = site_files(config.cohort, own, cache, names)
     return RelayedEngine(
-        program,
-        job,
+        PROGRAMS[config.engine],
+        dataclasses.asdict(options) | {"names": names},
         files,
         run=run,
         introduction=introduction(config, resolution, threads),
@@ -64,3 +62,7 @@ def open_relayed(
         start_seconds=options.start_seconds,
         interface=options.interface,
     )
+
+
+PROGRAMS = {name: f"sparsekit.fed.engines.{name}" for name in ("flare", "flower")}
+"""Modules that start a framework, by engine."""

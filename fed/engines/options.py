@@ -1,13 +1,14 @@
 """What the tables [flare] and [flower] of a run's TOML file may say."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from shutil import which
+from typing import Any, TypeVar, get_type_hints
 
 from sparsekit.errors import MissingExtraError, UsageError
+from sparsekit.fed.typed import typed
 
 _Options = TypeVar("_Options", bound="FlareOptions | FlowerOptions")
 _PACKAGES = {"flare": "nvflare", "flower": "flwr"}
@@ -65,7 +66,7 @@ class FlowerOptions:
         A SuperLink and a SuperNode for each site of the cohort are started on this machine; or
         they are running already.
     tls : bool
-        For "local": with certificates and node keys made for the run.
+        For "local": with a certificate and node keys made for the run.
     sites : tuple of str
         For "deployed": names of the sites that take part, as they call themselves.
     address : str
@@ -89,6 +90,9 @@ class FlowerOptions:
         _check(self, "flower", ("local",), "deployed", "address")
         if self.deployed and self.tls:
             raise UsageError("flower.tls: for mode local only; give root_certificates instead")
+        for program in ("openssl", "ssh-keygen"):
+            if self.tls and which(program) is None:
+                raise UsageError(f"flower.tls: needs the program {program}; install it")
         if self.root_certificates and not Path(self.root_certificates).is_file():
             raise UsageError(f"flower.root_certificates: no file {self.root_certificates}")
         if self.root_certificates and not self.deployed:
@@ -143,29 +147,17 @@ def options_of(kind: type[_Options], table: str, given: Any) -> _Options:
         return given
     if not isinstance(given, Mapping):
         raise UsageError(f"{table}: expected a table [{table}], got {given!r}")
-    fields = {field.name: field.default for field in dataclasses.fields(kind)}
+    hints = get_type_hints(kind)
     values: dict[str, Any] = {}
     for name, value in given.items():
-        if name not in fields:
-            known = ", ".join(sorted(fields))
+        if name not in hints:
+            known = ", ".join(sorted(hints))
             raise UsageError(f"{table}.{name}: unknown setting; known: {known}")
-        values[name] = _as_type(f"{table}.{name}", value, fields[name])
+        values[name] = typed(f"{table}.{name}", value, hints[name])
         if name in _PATHS and value:
             # So that the run can be resumed from any folder.
             values[name] = str(Path(value).absolute())
     return kind(**values)
-
-
-def _as_type(name: str, value: Any, default: Any) -> Any:
-    if isinstance(default, tuple):
-        if isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value):
-            return tuple(value)
-        raise UsageError(f"{name}: expected a list of names, got {value!r}")
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value) if abs(value) < 2**53 else value
-    if type(value) is not type(default):
-        raise UsageError(f"{name}: expected {type(default).__name__}, got {value!r}")
-    return value
 
 
 def require_extra(engine: str) -> None:

@@ -258,7 +258,7 @@ class ProcessesEngine:
         until = time.monotonic() + _HELLO_SECONDS
         try:
             frame = connection.receive(most=_MOST_HELLO_BYTES, until=until)
-            secret, hello = frame.data[: len(self._secret)], frame.data[len(self._secret) :]
+            secret, hello = frame.data[: len(self._secret)], bytes(frame.data[len(self._secret) :])
             known = hmac.compare_digest(secret, self._secret.encode())
             name = str(messages.unpack(hello).control.get("site")) if known else ""
             if frame.kind != framed.HELLO or name not in self._sites:

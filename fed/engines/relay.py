@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+from sparsekit.codec.wire import Buffer
 from sparsekit.fed import messages
 from sparsekit.fed.engines import framed
 from sparsekit.fed.engines.framed import Connection
@@ -45,36 +46,27 @@ def serve(bridge: Path, sites: Sequence[str], ask: Ask) -> None:
     connection.send(framed.HELLO, str(info["secret"]).encode() + hello)
     turn = threading.Lock()
 
-    def carry(request: bytes) -> None:
+    def carry(request: Buffer) -> None:
         message = messages.unpack(request)
-        control = {"number": message.control["number"]}
         site, seconds = str(message.control["site"]), float(message.control["seconds"])
         start = time.monotonic()
+        answer, told = b"", {}
         try:
-            answer = ask(site, message.payload, seconds)
+            answer = ask(site, bytes(message.payload), seconds)
             # A reply holds a model as the request does, coded in another way or not at all.
             most = 16 * len(message.payload) + (1 << 24)
             if len(answer) > most:
                 said = f"a reply of {len(answer)} bytes, at most {most} are taken"
-                kind, data = (
-                    framed.FAILURE,
-                    messages.pack(control | {"outcome": "corrupt", "detail": said}),
-                )
-            else:
-                control["seconds"] = time.monotonic() - start
-                kind, data = framed.REPLY, messages.pack(control, answer)
+                answer, told = b"", {"outcome": "corrupt", "detail": said}
         except TimeoutError:
-            detail = f"no reply within {seconds:g} s"
-            kind, data = (
-                framed.FAILURE,
-                messages.pack(control | {"outcome": "late", "detail": detail}),
-            )
+            told = {"outcome": "late", "detail": f"no reply within {seconds:g} s"}
         except Exception as error:
             # A framework's errors are of many kinds; this site is out, the others are not.
-            control |= {"outcome": "dead", "detail": f"{type(error).__name__}: {error}"[:2000]}
-            kind, data = framed.FAILURE, messages.pack(control)
+            told = {"outcome": "dead", "detail": f"{type(error).__name__}: {error}"[:2000]}
+        taken = {"number": message.control["number"], "seconds": time.monotonic() - start}
+        head = messages.head(taken | told, len(answer))
         with turn, suppress(OSError):
-            connection.send(kind, data)
+            connection.send(framed.FAILURE if told else framed.REPLY, head, answer)
 
     pool = ThreadPoolExecutor(max(1, len(sites)), thread_name_prefix="site")
     try:

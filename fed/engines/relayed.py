@@ -31,10 +31,10 @@ from sparsekit.fed.engines.base import Answered, Failure, Reply, ask_all
 from sparsekit.fed.engines.framed import BrokenFrameError, Connection
 from sparsekit.fed.engines.options import counters
 from sparsekit.fed.engines.relay import MOST_BYTES
+from sparsekit.fed.engines.submitted import BRIDGE_FILE, JOB_FILE
 
 LOG_FILE = "engine.log"
 INTERFACE_FILE = "interface.json"
-BRIDGE_FILE, JOB_FILE = "bridge.json", "job.json"
 _GREETING_SECONDS = 10.0
 _GOODBYE_SECONDS = 5.0
 # The framework's own deadline comes first.
@@ -161,7 +161,7 @@ class RelayedEngine:
             if name not in self._sizes:
                 others.append(f"{engine_name}: says that it is {name!r}")
                 continue
-            hellos[name], self._names[name] = reply.data, engine_name
+            hellos[name], self._names[name] = bytes(reply.data), engine_name
         missing = [name for name in self._sizes if name not in hellos]
         if missing:
             said = "; ".join([*others, f"see {self._run / LOG_FILE}"])
@@ -226,7 +226,8 @@ class RelayedEngine:
                 return Failure("dead", "the framework's server is gone", sent_bytes=0)
             self._waiting[number] = future
             try:
-                connection.send(framed.REQUEST, messages.pack(control, request))
+                head = messages.head(control, len(request))
+                connection.send(framed.REQUEST, head, request)
             except OSError as error:
                 del self._waiting[number]
                 return Failure("dead", f"the framework's server is gone: {error}", sent_bytes=0)
@@ -310,12 +311,6 @@ def environment() -> dict[str, str]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     }
-
-
-def torch_threads(threads: int, sites: int) -> tuple[int, int]:
-    """Return how many sites work at a time on one machine, and each one's computing threads."""
-    workers = max(1, min(threads, sites))
-    return workers, max(1, threads // workers)
 
 
 def site_files(

@@ -5,12 +5,13 @@ of the split, comes with the run's first request.
 """
 
 import itertools
+import os
 import threading
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
@@ -24,6 +25,7 @@ from sparsekit.fed.prepare import prepare_sites
 from sparsekit.fed.site import Site
 from sparsekit.fed.storage import write_atomically
 from sparsekit.fed.training import Cancelled
+from sparsekit.fed.typed import typed
 
 SITE_FILE = "SPARSEKIT_SITE"
 """Environment variable: the site's TOML file, or a folder with one for each client's name."""
@@ -61,6 +63,24 @@ class SiteSettings:
     threads: int = 0
 
 
+def find_site_file(given: str = "", *, client: str = "") -> Path:
+    """Return the site's file: the one given, or else the one that the environment names.
+
+    Raises
+    ------
+    UsageError
+        If neither names one.
+    """
+    given = given or os.environ.get(SITE_FILE, "")
+    if not given:
+        raise UsageError(
+            f"site file: missing; where this site's client is started, set {SITE_FILE}, or with "
+            "Flower --node-config 'site-file=\"...\"'"
+        )
+    path = Path(given)
+    return path / f"{client}.toml" if path.is_dir() else path
+
+
 def load_site_settings(path: Path) -> SiteSettings:
     """Read a site's TOML file.
 
@@ -73,13 +93,11 @@ def load_site_settings(path: Path) -> SiteSettings:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"site file: cannot read {path}: {error}") from None
-    known = {field.name: field.type for field in fields(SiteSettings)}
-    for name, value in given.items():
+    known = get_type_hints(SiteSettings)
+    for name in given:
         if name not in known:
             raise UsageError(f"site file: {path}: {name} is unknown; known: {', '.join(known)}")
-        if type(value) is not known[name]:
-            kind = "whole number" if known[name] is int else "text"
-            raise UsageError(f"site file: {path}: {name}: expected a {kind}, got {value!r}")
+        given[name] = typed(f"site file: {path}: {name}", given[name], known[name])
     for name in ("cohort", "folder"):
         if name not in given:
             raise UsageError(f"site file: {path}: {name} is missing")

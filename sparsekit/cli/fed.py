@@ -19,7 +19,10 @@ REPORT = "report.html"
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 Cache = Annotated[
     Path | None,
-    typer.Option("--cache", help="Folder of prepared scans, for all runs. [default: RUN/../cache]"),
+    typer.Option(
+        "--cache",
+        help="Folder of prepared scans, for all runs. [default: RUN/../cache, or as before]",
+    ),
 ]
 
 
@@ -42,6 +45,10 @@ def run_command(
     width: Annotated[float | None, typer.Option(help="Of the network; 1 is the paper's.")] = None,
     scope: Annotated[
         str | None, typer.Option(help="Pruning scope: global | layer | erk | flops")
+    ] = None,
+    granularity: Annotated[
+        str | None,
+        typer.Option(help="What is pruned as one: weight | vector:V | block:VxW | filter | 2:4"),
     ] = None,
     schedule: Annotated[
         str | None, typer.Option(help="Of the sparsity: polynomial | exponential | one-shot")
@@ -115,6 +122,7 @@ def run_command(
         "lr": lr,
         "width": width,
         "scope": scope,
+        "granularity": granularity,
         "schedule": schedule,
         "prune_end": prune_end,
         "initial_sparsity": initial_sparsity,

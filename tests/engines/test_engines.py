@@ -22,6 +22,7 @@ epochs = 1
 batch = 2
 width = 0.05
 sparsity = 0.8
+granularity = "vector:2"
 threads = 2
 seed = 5
 """

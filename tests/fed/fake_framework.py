@@ -3,7 +3,6 @@
 ``job.json`` says what its sites do: each answers from its TOML file, or is late, broken or gone.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -13,19 +12,19 @@ import time
 from pathlib import Path
 
 from sparsekit.fed.engines.relay import serve
-from sparsekit.fed.engines.relayed import BRIDGE_FILE, JOB_FILE
 from sparsekit.fed.engines.site_app import SiteApp
+from sparsekit.fed.engines.submitted import BRIDGE_FILE, read_job
 
 
 def main(folder: Path) -> None:
-    job = json.loads((folder / JOB_FILE).read_text())
+    job = read_job(folder)
     if job.get("leaves"):
         # A program that runs on after the framework, as services do.
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], cwd="/")
     if job.get("ends"):
         raise SystemExit("no server today")
     files = Path(job.get("site_files", folder / "sites"))
-    apps = {name: SiteApp(files / f"{name}.toml") for name in job["clients"]}
+    apps = {name: SiteApp(files / f"{name}.toml") for name in job["names"]}
     asked = dict.fromkeys(apps, 0)
     lock = threading.Lock()
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.codec import decode, encode
+from sparsekit.codec.wire import Buffer
 from sparsekit.fed import messages
 from sparsekit.fed.engines import answers, framed, site_process
 from sparsekit.fed.engines.framed import Connection
@@ -118,11 +119,11 @@ def main() -> None:
         return kind, data
 
     class Hostile(Connection):
-        def send(self, kind: int, data: bytes = b"", *, until: float | None = None) -> None:
+        def send(self, kind: int, *parts: Buffer, until: float | None = None) -> None:
             if wire:
                 WIRES[wire.pop()](self._socket)
             else:
-                super().send(kind, data, until=until)
+                super().send(kind, *parts, until=until)
 
     for name, value in (("answer", answer), ("Connection", Hostile)):
         setattr(site_process, name, value)

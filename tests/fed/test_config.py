@@ -95,6 +95,8 @@ def test_paper_settings_survive_the_file(tmp_path: Path) -> None:
         ("resolution", 3, "expected 2 or 4"),
         ("flips", 1, "expected bool, got 1"),
         ("cohort", 3, "expected str, got 3"),
+        ("granularity", "vector:0", "expected one of 'weight', 'vector:V'"),
+        ("granularity", "2:4", "2:4 prunes half .* expected sparsity = 0.5, schedule"),
         ("speed", 3, "unknown setting; known: .*age_scale"),
     ],
     ids=lambda value: str(value)[:16],
@@ -113,6 +115,21 @@ def test_a_run_too_short_to_prune_is_refused() -> None:
     with pytest.raises(UsageError, match="more than prune_start = 1, got 1"):
         RunConfig(cohort="x", rounds=1)
     assert not RunConfig(cohort="x", rounds=1, strategy="fedavg").sparse
+
+
+@pytest.mark.parametrize("other", [{"paper": True}, {"strategy": "fedsparsify-local"}])
+def test_groups_where_weights_are_chosen_one_by_one_are_refused(other: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"granularity: .* chooses weight by weight, got 'filter'"):
+        make_config({"cohort": "x", "granularity": "filter"}, other)
+
+
+def test_two_of_four_is_pruned_once() -> None:
+    once = {"cohort": "x", "granularity": "2:4", "sparsity": 0.5, "rounds": 4, "prune_start": 3}
+    assert make_config(once).granularity == "2:4"
+    later = {"schedule": "one-shot", "prune_start": 1, "initial_sparsity": 0.5}
+    assert make_config(once, later).granularity == "2:4"
+    dense = make_config({"cohort": "x", "granularity": "2:4", "strategy": "fedavg"})
+    assert not dense.sparse
 
 
 def test_cosine_falls_from_first_to_last_round() -> None:

@@ -214,7 +214,8 @@ def test_a_lost_quorum_is_an_error_that_can_be_resumed(
     tiny_cohort: Path, tiny_cache: Path, tmp_path: Path
 ) -> None:
     run, whole = tmp_path / "my run", tmp_path / "whole"
-    start_run(make(tiny_cohort, epochs=10, sparsity=0.95, engine="inprocess"), whole)
+    config = make(tiny_cohort, epochs=10, sparsity=0.95, engine="inprocess")
+    start_run(config, whole, cache=tiny_cache)
     line = ("--cohort", tiny_cohort, "--cache", tiny_cache, "--epochs", "10", "--quorum", "1")
     small = ("--rounds", "3", "--width", "0.05", "--batch", "2", "--seed", "3")
     stop = threading.Event()
@@ -241,6 +242,8 @@ def test_a_lost_quorum_is_an_error_that_can_be_resumed(
     # Nobody has said so: it is the engine that one gets.
     assert 'engine = "processes"' in (run / "config.toml").read_text()
     assert not (run / "result.json").exists()
-    again = command("resume", run, "--cache", tiny_cache)
+    again = command("resume", run)
     assert again.returncode == 0, again.stderr
+    # It knows where the prepared scans are.
+    assert not (tmp_path / "cache").exists()
     assert (run / "model.spu").read_bytes() == (whole / "model.spu").read_bytes()

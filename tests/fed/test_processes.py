@@ -50,14 +50,17 @@ def connections(run: Path) -> list[dict[str, Any]]:
 
 
 # With one thread each, sites are forked; with two they start on their own.
-@pytest.mark.parametrize(("values", "threads"), [("lossless", 2), ("int4", 3), ("lossless", 6)])
+@pytest.mark.parametrize(
+    ("values", "threads", "granularity"),
+    [("lossless", 2, "weight"), ("int4", 3, "vector:2"), ("lossless", 6, "filter")],
+)
 def test_the_same_bits_as_in_one_process_and_the_kernel_agrees(
-    tiny_cohort: Path, tiny_cache: Path, tmp_path: Path, values: str, threads: int
+    tiny_cohort: Path, tiny_cache: Path, tmp_path: Path, values: str, threads: int, granularity: str
 ) -> None:
-    alone = make(tiny_cohort, engine="inprocess", values=values, threads=threads)
+    settings = {"values": values, "threads": threads, "granularity": granularity}
+    alone = make(tiny_cohort, engine="inprocess", **settings)
     start_run(alone, tmp_path / "one", cache=tiny_cache)
-    config = make(tiny_cohort, values=values, threads=threads)
-    start_run(config, tmp_path / "many", cache=tiny_cache)
+    start_run(make(tiny_cohort, **settings), tmp_path / "many", cache=tiny_cache)
     assert (tmp_path / "many" / "nursery.log").exists() == (threads < 6)
 
     model = (tmp_path / "one/model.spu").read_bytes()
@@ -105,7 +108,7 @@ def test_frames_come_as_they_went(pair: tuple[Connection, socket.socket]) -> Non
     sender.start()
     frame = connection.receive(most=len(data), until=time.monotonic() + 10)
     sender.join()
-    assert (frame.kind, frame.data) == (REQUEST, data)
+    assert (frame.kind, bytes(frame.data)) == (REQUEST, data)
     connection.send(BYE)
     assert peer.receive(most=0).kind == BYE
     counts = connection.counts()

@@ -16,7 +16,7 @@ import pytest
 
 from sparsekit.errors import MissingExtraError, RunError, UsageError
 from sparsekit.fed.config import RunConfig, dump_config, load_config_file, make_config
-from sparsekit.fed.engines import flare, framed, minder, options, relayed
+from sparsekit.fed.engines import framed, minder, opening, options, relayed
 from sparsekit.fed.engines.framed import Connection
 from sparsekit.fed.engines.relayed import RelayedEngine
 from sparsekit.fed.engines.site_app import SiteApp, introduction
@@ -34,9 +34,12 @@ SMALL: dict[str, Any] = {
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """Put the fake framework in FLARE's place; the dictionary is what it is told beyond that."""
     more: dict[str, Any] = {}
-    known = flare.job_of
-    monkeypatch.setattr(flare, "PROGRAM", "tests.fed.fake_framework")
-    monkeypatch.setattr(flare, "job_of", lambda *args: known(*args) | more)
+    monkeypatch.setitem(opening.PROGRAMS, "flare", "tests.fed.fake_framework")
+
+    def engine(program: str, job: dict[str, Any], *args: Any, **settings: Any) -> RelayedEngine:
+        return RelayedEngine(program, job | more, *args, **settings)
+
+    monkeypatch.setattr(opening, "RelayedEngine", engine)
     monkeypatch.chdir(Path(__file__).parents[2])
     yield more
     assert leftovers() == []
@@ -175,9 +178,10 @@ def test_nothing_is_left_when_the_server_loop_is_killed(
     del fake
     code = (
         "import sys; from pathlib import Path; from tests.fed.test_relayed import make\n"
-        "from sparsekit.fed.engines import flare; from sparsekit.fed.runner import start_run\n"
-        "known = flare.job_of; flare.PROGRAM = 'tests.fed.fake_framework'\n"
-        "flare.job_of = lambda *args: known(*args) | {'leaves': True}\n"
+        "from sparsekit.fed.engines import opening; from sparsekit.fed.runner import start_run\n"
+        "known = opening.RelayedEngine\n"
+        "opening.RelayedEngine = lambda _, job, *args, **settings: known(\n"
+        "    'tests.fed.fake_framework', job | {'leaves': True}, *args, **settings)\n"
         "cohort, cache, run = map(Path, sys.argv[1:])\n"
         "start_run(make(cohort, rounds=40), run, cache=cache)\n"
     )
@@ -242,7 +246,7 @@ def test_who_comes_is_compared_with_who_is_expected(
         (["site-1", "site-2"], {"a": 1}, None),
     ):
         one = RelayedEngine(
-            "tests.fed.fake_framework", {"clients": clients}, files, run=tmp_path, sizes=sizes,
+            "tests.fed.fake_framework", {"names": clients}, files, run=tmp_path, sizes=sizes,
             workers=2, introduction=introduction(config, 4, 1), deadline=60.0, start_seconds=60.0,
         )  # fmt: skip
         try:
@@ -335,8 +339,8 @@ def test_settings_of_engines_survive_the_file(tiny_cohort: Path, tmp_path: Path)
         ("", "cohort is missing"),
         ('cohort = "x"', "folder is missing"),
         ('cohort = "x"\nfolder = "y"\nthread = 3', "thread is unknown"),
-        ('cohort = "x"\nfolder = 3', "folder: expected a text, got 3"),
-        ('cohort = "x"\nfolder = "y"\nthreads = true', "threads: expected a whole number"),
+        ('cohort = "x"\nfolder = 3', "folder: expected str, got 3"),
+        ('cohort = "x"\nfolder = "y"\nthreads = true', "threads: expected int, got True"),
         ("cohort = ", "cannot read"),
     ],
 )
