@@ -27,6 +27,7 @@ independent; fully dependent, their mean varies the square root of 2 as much.
 """
 
 _SPLIT = 100  # draws at a time
+_CORNER = 1e-9
 _Z = float(norm.ppf(0.5 + LEVEL / 2))
 
 
@@ -61,8 +62,10 @@ def auc_interval(value: float, members: int, others: int) -> tuple[float, float]
         spread = 1 + more * ((1 - true) / (2 - true) + true / (1 + true))
         return (value - true) ** 2 - _Z**2 * true * (1 - true) * spread / (members * others)
 
-    low = 0.0 if value <= 0 else float(brentq(beyond, 0.0, value))
-    high = 1.0 if value >= 1 else float(brentq(beyond, value, 1.0))
+    # 0 and 1 solve the equation for themselves, and bound nothing.
+    inside = min(max(value, _CORNER), 1 - _CORNER)
+    low = 0.0 if value <= 0 else float(brentq(beyond, 0.0, inside))
+    high = 1.0 if value >= 1 else float(brentq(beyond, inside, 1.0))
     return low, high
 
 
