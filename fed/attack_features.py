@@ -125,7 +125,7 @@ def save_features(path: Path, features: Features) -> None:
 def load_features(path: Path, people: int) -> Features | None:
     """Read features; None where there are none, or not of this many people."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             found: Features = {group: archive[group] for group in GROUPS}
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
         return None

@@ -13,33 +13,6 @@ SITES = ("a", "b/c")
 PEOPLE = 24
 
 
-class Quiet:
-    """Counts what an audit tells, and keeps its notices."""
-
-    def __init__(self) -> None:
-        self.asked = (0, 0)
-        self.attacked = (0, 0)
-        self.notices: list[str] = []
-
-    def preparing(self, done: int, total: int) -> None:
-        assert done <= total
-
-    def asking(self, done: int, total: int) -> None:
-        assert done >= self.asked[0]
-        self.asked = (done, total)
-
-    def attacking(self, done: int, total: int) -> None:
-        self.attacked = (done, total)
-
-    def notice(self, text: str) -> None:
-        self.notices.append(text)
-
-
-@pytest.fixture
-def quiet() -> Quiet:
-    return Quiet()
-
-
 @pytest.fixture(scope="session")
 def noise_cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CSV of 2 sites with 24 people each, whose scans say nothing about their ages."""
@@ -91,9 +64,7 @@ def noise_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def leaky(
-    noise_cohort: Path, noise_cache: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def leaky(noise_cohort: Path, noise_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense run that has learned its people by heart; no test may change it."""
     run = tmp_path_factory.mktemp("runs") / "leaky"
     start_run(config_of(noise_cohort), run, cache=noise_cache)

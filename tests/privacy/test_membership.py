@@ -48,7 +48,9 @@ def names(asked: Asked) -> list[str]:
 
 def test_both_sides_are_as_large_in_every_age_group() -> None:
     asked = people_to_ask(skewed())
-    assert all(name.startswith("in") == one for name, one in zip(names(asked), asked.member))
+    assert all(
+        name.startswith("in") == one for name, one in zip(names(asked), asked.member, strict=True)
+    )
     for one in range(AGE_STRATA):
         here = asked.stratum == one
         assert (asked.member & here).sum() == (~asked.member & here).sum() > 0
