@@ -85,10 +85,9 @@ def test_less_at_the_same_round_only_because_less_was_learned(tmp_path: Path) ->
         for cell in row["sparsities"]:
             assert cell["auc"][0] == pytest.approx(0.5 + row["gap"] / 10)
         assert row["sparsities"][1]["verdict"] == "cannot tell"
-    assert conclusion(found, "error") == [
-        "Sparsity 0.9 at round 15: attacked less successfully than the least sparse.",
-        "Sparsity 0.9 at the same gap: the data cannot tell; the interval of the difference holds 0.",
-    ]
+    at_round, at_gap = conclusion(found, "error")
+    assert at_round == "Sparsity 0.9 at round 15: attacked less successfully than the least sparse."
+    assert at_gap.startswith("Sparsity 0.9 at the same gap: the data cannot tell;")
 
 
 def test_less_at_the_same_gap(tmp_path: Path) -> None:
