@@ -10,15 +10,6 @@ import pytest
 Command = Callable[..., tuple[int, str, str]]
 
 
-@pytest.mark.parametrize(
-    "line", ["privacy --help", "privacy audit --help", "privacy compare --help"]
-)
-def test_help_is_there(sparsekit: Command, line: str) -> None:
-    code, out, error = sparsekit(*line.split())
-    assert (code, error) == (0, "")
-    assert "Usage: sparsekit" in out
-
-
 def test_a_run_without_models_is_refused_in_one_line(
     sparsekit: Command, whole: Path, cache: Path
 ) -> None:
