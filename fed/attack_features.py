@@ -122,11 +122,11 @@ def save_features(path: Path, features: Features) -> None:
     write_atomically(path, stream.getvalue())
 
 
-def load_features(path: Path, people: int) -> Features | None:
-    """Read features; None where there are none, or not of this many people."""
+def load_features(path: Path, people: int, groups: Sequence[str] = GROUPS) -> Features | None:
+    """Read features of some kinds; None where there are none, or not of this many people."""
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            found: Features = {group: archive[group] for group in GROUPS}
+            found: Features = {group: archive[group] for group in groups}
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
         return None
     return found if all(len(part) == people for part in found.values()) else None

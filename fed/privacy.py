@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ import xxhash
 from sparsekit.errors import RunError, UsageError
 from sparsekit.fed import checkpoint
 from sparsekit.fed.attack_features import (
-    GROUPS,
     PREDICTION,
     Features,
     feature_file,
@@ -156,6 +156,11 @@ def audit_run(
     return result
 
 
+def audit_command(run: Path) -> str:
+    """Return what to type to audit a run, ready to be pasted into a shell."""
+    return f"`sparsekit privacy audit {shlex.quote(str(run))}`"
+
+
 def load_audit(run: Path) -> dict[str, Any]:
     """Read a run's ``privacy.json``.
 
@@ -165,7 +170,7 @@ def load_audit(run: Path) -> dict[str, Any]:
         If there is none, or it is damaged.
     """
     path = run / AUDIT_FILE
-    again = f"`sparsekit privacy audit {run}` writes it"
+    again = f"{audit_command(run)} writes it"
     try:
         result: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -195,7 +200,7 @@ def load_draws(run: Path, audit: Mapping[str, Any]) -> dict[str, Array]:
     if xxhash.xxh3_128_hexdigest(data) != audit["draws"]:
         raise RunError(
             f"run: {path} is missing or does not belong to {run / AUDIT_FILE}; "
-            f"`sparsekit privacy audit {run}` writes both anew"
+            f"{audit_command(run)} writes both anew"
         )
     with np.load(io.BytesIO(data), allow_pickle=False) as archive:
         return {name: archive[name] for name in archive.files}
@@ -399,12 +404,12 @@ def _loader(
     def load(site: str, groups: Sequence[str]) -> Features:
         parts = []
         for number in window:
-            part = load_features(files[number, site], len(people[site].rows))
+            part = load_features(files[number, site], len(people[site].rows), groups)
             if part is None:
                 raise RunError(
                     f"run: {files[number, site]} was changed or removed; run the audit again"
                 )
-            parts.append({group: part[group] for group in GROUPS if group in groups})
+            parts.append(part)
         return stack_rounds(parts, groups)
 
     return load

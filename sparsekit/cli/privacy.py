@@ -1,6 +1,5 @@
 """``sparsekit privacy``: does a model tell who it was trained on?"""
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -45,7 +44,7 @@ def audit_command(
     from sparsekit.cli.privacy_tables import AuditBars, print_audit
     from sparsekit.fed.allocator import keep_freed_memory
     from sparsekit.fed.attack_models import ATTACKS
-    from sparsekit.fed.privacy import AUDIT_FILE, audit_run
+    from sparsekit.fed.privacy import AUDIT_FILE, audit_command, audit_run
     from sparsekit.fed.storage import write_json
 
     keep_freed_memory()
@@ -62,8 +61,8 @@ def audit_command(
                 cache=cache,
             )
     except KeyboardInterrupt:
-        again = f"`sparsekit privacy audit {shlex.quote(str(run))}`"
-        raise KeyboardInterrupt(f"interrupted; {again} goes on from here") from None
+        again = f"interrupted; {audit_command(run)} goes on from here"
+        raise KeyboardInterrupt(again) from None
     if out is not None:
         write_json(out, result)
     print_audit(run, result)

@@ -69,8 +69,8 @@ def test_a_rate_of_one_percent_lets_one_of_a_hundred_through() -> None:
 
 def test_shares_have_clopper_and_pearsons_intervals() -> None:
     # The closed forms where nobody, or everybody, is hit.
-    assert share_interval(0, 10) == (0.0, pytest.approx(1 - 0.025 ** (1 / 10)))
-    assert share_interval(10, 10) == (pytest.approx(0.025 ** (1 / 10)), 1.0)
+    assert share_interval(0, 10) == pytest.approx((0.0, 1 - 0.025 ** (1 / 10)))
+    assert share_interval(10, 10) == pytest.approx((0.025 ** (1 / 10), 1.0))
     # A value that textbooks print: 8 of 20.
     assert share_interval(8, 20) == pytest.approx((0.1912, 0.6395), abs=5e-5)
 
