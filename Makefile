@@ -21,7 +21,7 @@ BENCH_FILES ?= ceilings topk block process conv step
 
 BANDWIDTH := build/bandwidth
 PRIVACY := build/privacy
-PRIVACY_COHORT := --subjects 800 --sites 8 --resolution 4 --environment uniform-iid
+PRIVACY_COHORT := --subjects 320 --sites 4 --resolution 4 --environment uniform-iid
 
 .PHONY: help install demo demo-seeds values privacy-study trace fit-selector bench-cpu bench-codec soak fuzz bandwidth check-kernels check-kernels-full test test-engines check format clean
 
@@ -71,7 +71,7 @@ for sparsity in 0 0.9 0.95; do \
 done
 endef
 
-privacy-study: $(STAMP) ## membership attacks by sparsity on two seeds (about 1.5 hours); writes docs/results/privacy.*
+privacy-study: $(STAMP) ## membership attacks by sparsity on two seeds; writes docs/results/privacy.*
 	rm -rf $(PRIVACY)
 	mkdir -p $(PRIVACY)/0 $(PRIVACY)/1
 	$(call privacy_runs,$(PRIVACY)/0,0)
