@@ -20,8 +20,10 @@ BENCH := build/bench-cpu
 BENCH_FILES ?= ceilings topk block process conv step
 
 BANDWIDTH := build/bandwidth
+PRIVACY := build/privacy
+PRIVACY_COHORT := --subjects 320 --sites 4 --resolution 4 --environment uniform-iid
 
-.PHONY: help install demo demo-seeds paper paper-small values trace fit-selector bench-cpu bench-codec soak fuzz bandwidth check-kernels check-kernels-full test test-engines check format clean
+.PHONY: help install demo demo-seeds paper paper-small privacy-study values trace fit-selector bench-cpu bench-codec soak fuzz bandwidth check-kernels check-kernels-full test test-engines check format clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -70,6 +72,23 @@ values: $(STAMP) ## a run for each --values on the demo's cohort (about 6 minute
 	done
 	$(BIN)/python tools/values_table.py collect build/values
 	$(BIN)/python tools/values_table.py write
+
+# $(call privacy_runs,FOLDER,SEED)
+define privacy_runs
+$(BIN)/sparsekit cohort make $(1)/cohort $(PRIVACY_COHORT) --seed $(2) --workers 2
+for sparsity in 0 0.9 0.95; do \
+  $(BIN)/sparsekit fed run --cohort $(1)/cohort --out $(1)/sparsity-$$sparsity --config examples/privacy.toml --strategy fedsparsify-global --sparsity $$sparsity --seed $(2) > $(1)/sparsity-$$sparsity.txt || exit 1; \
+  $(BIN)/sparsekit privacy audit $(1)/sparsity-$$sparsity --shuffles 9 > $(1)/sparsity-$$sparsity-audit.txt || exit 1; \
+done
+endef
+
+privacy-study: $(STAMP) ## membership attacks by sparsity on two seeds; writes docs/results/privacy.*
+	rm -rf $(PRIVACY)
+	mkdir -p $(PRIVACY)/0 $(PRIVACY)/1
+	$(call privacy_runs,$(PRIVACY)/0,0)
+	$(call privacy_runs,$(PRIVACY)/1,1)
+	$(BIN)/python tools/privacy_table.py collect $(PRIVACY)
+	$(BIN)/python tools/privacy_table.py write
 
 trace: $(STAMP) ## weights of a FedSparsify run after each of 40 rounds, for codec work: build/trace
 	rm -rf build/trace

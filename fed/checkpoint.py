@@ -124,9 +124,23 @@ def load_newest(run: Path) -> Checkpoint | None:
         If the newest one is damaged.
     """
     rounds = saved_rounds(run)
-    if not rounds:
-        return None
-    folder = _folder(run, rounds[-1])
+    return load(run, rounds[-1]) if rounds else None
+
+
+def model_payload(run: Path, round_number: int) -> bytes:
+    """Return the model of one of the `saved_rounds`, as it lies on the disk."""
+    return (_folder(run, round_number) / _MODEL).read_bytes()
+
+
+def load(run: Path, round_number: int) -> Checkpoint:
+    """Return the checkpoint of one of the `saved_rounds`.
+
+    Raises
+    ------
+    RunError
+        If it is damaged.
+    """
+    folder = _folder(run, round_number)
     try:
         state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
         if state["layout"] != _LAYOUT:

@@ -14,6 +14,8 @@ import numpy as np
 
 from sparsekit.errors import MissingExtraError
 from sparsekit.fed.compare import load_people, load_result, run_names
+from sparsekit.fed.privacy import AUDIT_FILE, load_audit
+from sparsekit.fed.privacy_tables import attack_rows, audit_note, pair_rows, training_rows
 from sparsekit.fed.storage import write_atomically
 from sparsekit.fed.tables import difference_cells, line_items, saving_cells
 from sparsekit.fed.unfinished import read_progress, site_items, state_items, way_on
@@ -88,6 +90,7 @@ def write_report(runs: Sequence[Path], path: Path) -> None:
         "follow the masks of every step, FLOPs <em>executed</em> the kernels that really ran.</p>",
         _table(runs, results, names),
         *_figures(images),
+        *(part for run, name in zip(runs, names, strict=True) for part in _privacy(run, name)),
     ]
     parts.append(_settings(results, names))
     parts.append("</body></html>\n")
@@ -179,6 +182,27 @@ def _table(runs: Sequence[Path], results: Sequence[Mapping[str, Any]], names: Se
         lines.append(f"<tr><td>{html.escape(item)}</td>{values}</tr>")
     lines.append("</table>")
     return "\n".join(lines)
+
+
+def _privacy(run: Path, name: str) -> list[str]:
+    """Return the section of a run's audit, if there was one."""
+    if not (run / AUDIT_FILE).exists():
+        return []
+    audit = load_audit(run)
+    parts = [
+        f"<h2>Membership inference: {html.escape(name)}</h2>",
+        f"<p class='note'>{html.escape(audit_note(audit))}</p>",
+        _rows(attack_rows(audit)),
+        "<h2>Along the training: AUC of each attack</h2>",
+        _rows(training_rows(audit)),
+    ]
+    for attack in audit["attacks"]:
+        parts += [
+            f"<details><summary>All pairs: {html.escape(attack)}</summary>",
+            _rows(pair_rows(audit, attack)),
+            "</details>",
+        ]
+    return parts
 
 
 def _settings(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:

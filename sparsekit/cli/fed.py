@@ -171,14 +171,18 @@ def resume_command(run: RunFolder, cache: Cache = None) -> None:
 @app.command("report")
 def report_command(run: RunFolder) -> None:
     """Write RUN/report.html anew, also of a run that goes on or has stopped."""
+    from sparsekit.cli.privacy_tables import print_audit
     from sparsekit.cli.progress import print_progress, print_result
     from sparsekit.fed.compare import RESULT_FILE, load_result
+    from sparsekit.fed.privacy import AUDIT_FILE, load_audit
     from sparsekit.fed.report import write_progress_report, write_report
 
     if (run / RESULT_FILE).exists():
         result = load_result(run)
         write_report([run], run / REPORT)
         print_result(run, result)
+        if (run / AUDIT_FILE).exists():
+            print_audit(run, load_audit(run))
     else:
         print_progress(run)
         write_progress_report(run, run / REPORT)

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from sparsekit._version import __version__
-from sparsekit.cli import bench, codec, cohort, doctor, fed
+from sparsekit.cli import bench, codec, cohort, doctor, fed, privacy
 from sparsekit.cli.consoles import describe, notice_console, printable
 from sparsekit.errors import SparsekitError, UsageError
 
@@ -47,6 +47,7 @@ app.add_typer(cohort.app, name="cohort")
 app.add_typer(fed.app, name="fed")
 app.add_typer(codec.app, name="codec")
 app.add_typer(bench.app, name="bench")
+app.add_typer(privacy.app, name="privacy")
 app.command("doctor")(doctor.doctor)
 
 

@@ -26,6 +26,7 @@ def one_line(error: str) -> str:
         *("--help", "fed --help", "cohort --help", "codec --help", "doctor --help"),
         *("fed run --help", "fed resume --help", "fed report --help", "fed compare --help"),
         *("cohort make --help", "cohort check --help"),
+        *("privacy --help", "privacy audit --help", "privacy compare --help"),
         *("codec inspect --help", "codec encode --help", "codec decode --help"),
     ],
 )
