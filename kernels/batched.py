@@ -6,6 +6,7 @@ batches is run by `torch.vmap` once for each of its entries: such an operator st
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,19 @@ def _backward_of_one(grad: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]
         for i in range(_MOST)
     )
     return first, second, third
+
+
+@_backward_of_one.register_vmap
+def _(
+    info: Any, in_dims: tuple[int | None, ...], grad: Tensor, number: int
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, int]]:
+    # What `torch.func.vmap` would do itself, with a warning that it is slow.
+    del info
+    dim = in_dims[0]
+    assert dim is not None
+    runs = [torch.ops.sparsekit.backward_of_one(one, number) for one in grad.unbind(dim)]
+    first, second, third = (torch.stack(of) for of in zip(*runs, strict=True))
+    return (first, second, third), (0, 0, 0)
 
 
 def stands_for_others(x: Tensor) -> bool:
