@@ -7,7 +7,7 @@ from sparsekit.kernels.topk_mask import triton_passes as passes
 _ROW = {"row": "i32", "rows": "i32"}
 
 
-def builds() -> list[Build]:
+def builds(*, amd: bool) -> list[Build]:
     """Every kernel in the tiles that it runs with, for each dtype, with `within` and without."""
     tiles = topk.TILES
     warps, block = tiles.warps, {"BLOCK": tiles.block}
@@ -38,7 +38,7 @@ def builds() -> list[Build]:
                 build(
                     passes.histogram_kernel,
                     pointers | {"state": "*i64", "counts": "*i64"} | _ROW | {"tensors": "i32"},
-                    constants | {"SHIFT": shift, "BITS": width, "BLOCK": tiles.counted_of(kind)},
+                    constants | {"SHIFT": shift, "BITS": width, "BLOCK": tiles.counted_of(kind, amd=amd)},
                     num_warps=warps,
                 )
             )  # fmt: skip
@@ -55,7 +55,7 @@ def builds() -> list[Build]:
             build(
                 passes.ties_kernel,
                 pointers | quotas | _ROW,
-                constants | block | low,
+                constants | {"BLOCK": tiles.tied} | low,
                 num_warps=warps,
             )
         )
