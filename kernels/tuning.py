@@ -68,10 +68,10 @@ def read(versions: Mapping[str, str]) -> Choices:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         warnings.warn(
-            f"{path()} holds no timed tiles that can be read ({error}); it is ignored, and the next "
-            "timing writes it anew",
+            f"{path()} holds no timed tiles that can be read ({error}); it is ignored, and "
+            "the next timing writes it anew",
             stacklevel=2,
-        )  # fmt: skip
+        )
         return {}
 
 
@@ -82,7 +82,9 @@ def keep(versions: Mapping[str, str], key: str, choice: dict[str, Any]) -> None:
             # Who reads warns; this replaces it.
             warnings.simplefilter("ignore")
             choices = read(versions)
-        text = json.dumps({"versions": dict(versions), "choices": choices | {key: choice}}, indent=1)
+        text = json.dumps(
+            {"versions": dict(versions), "choices": choices | {key: choice}}, indent=1
+        )
         target = path()
         temporary = ""
         try:

@@ -202,10 +202,9 @@ def _versions() -> dict[str, str]:
     own = hashlib.sha256()
     for module in sorted(Path(__file__).parent.glob("*.py")):
         own.update(module.read_bytes())
-    driver = torch.version.hip
-    if torch.cuda.is_available() and driver is None:
-        driver = str(torch._C._cuda_getDriverVersion())
+    # Only CUDA builds of torch have it; of ROCm, torch knows the version of its own libraries.
+    driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: torch.version.hip)()
     return {
         "sparsekit": own.hexdigest()[:16], "triton": triton.__version__,
-        "torch": torch.__version__, "driver": driver or "none",
+        "torch": torch.__version__, "driver": str(driver),
     }  # fmt: skip

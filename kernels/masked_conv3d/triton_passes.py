@@ -30,7 +30,7 @@ def pack_weights(
     at = first[:, None] + source[None, :]
     real = (row < rows)[:, None] & (source >= 0)[None, :]
     kept = tl.load(mask + at, mask=real, other=0) != 0
-    value = tl.load(weight + at, mask=kept, other=0.0)
+    value = tl.load(weight + at, mask=real & kept, other=0.0)
     to = (tile.to(tl.int64) * BN + tl.arange(0, BN))[:, None] * length + k[None, :]
     tl.store(packed + to, value, mask=within[None, :])
 

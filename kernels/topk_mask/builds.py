@@ -33,12 +33,13 @@ def builds(*, amd: bool) -> list[Build]:
         constants = {"KIND": kind, "WITHIN": within}
         digits = topk.DIGITS[topk.ZEROS[kind]]
         low = {"LOW": digits[-1][0]}
+        counted = {"BLOCK": tiles.counted_of(kind, amd=amd)}
         for shift, width in digits:
             rows.append(
                 build(
                     passes.histogram_kernel,
                     pointers | {"state": "*i64", "counts": "*i64"} | _ROW | {"tensors": "i32"},
-                    constants | {"SHIFT": shift, "BITS": width, "BLOCK": tiles.counted_of(kind, amd=amd)},
+                    constants | {"SHIFT": shift, "BITS": width} | counted,
                     num_warps=warps,
                 )
             )  # fmt: skip

@@ -38,7 +38,7 @@ class Tiles:
 
     @property
     def tied(self) -> int:
-        """Entries that a program holds where ties are chosen: with a whole block, registers spill."""
+        """Entries that a program holds where ties are chosen: of more, registers spill."""
         return max(16, self.block // 2)
 
 

@@ -48,7 +48,7 @@ MUTANTS = [
     ),
     (
         "pruned weights are packed as they are", _KERNELS,
-        "mask=kept, other=0.0)", "mask=real, other=0.0)",
+        "mask=real & kept, other=0.0)", "mask=real, other=0.0)",
         "interpreter", _TEST + "test_pruned_values_take_part_in_nothing",
     ),
     (
