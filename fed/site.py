@@ -27,6 +27,7 @@ from sparsekit.fed.plan import to_control as as_control
 from sparsekit.fed.regrow import dense_gradients, gradient_flops, propose
 from sparsekit.fed.storage import write_atomically
 from sparsekit.fed.training import Scans, predict, train_locally
+from sparsekit.kernels import tuning
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ class Site:
         )
         return messages.pack(as_control(hello))
 
+    # Tiles that a site timed would be its own: all sites are to compute alike.
+    @tuning.forbidden("never within a federation")
     def handle(self, request: Buffer, cancelled: Callable[[], bool] = lambda: False) -> bytes:
         """Evaluate the received model on held-out people and, if asked to, train and send it back.
 

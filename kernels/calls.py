@@ -33,7 +33,7 @@ _known: dict[Hashable, dict[float | None, Known]] = {}
 
 
 def kind_of(
-    x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, settings: Hashable
+    x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, settings: tuple[Any, ...]
 ) -> Hashable | None:
     """Key of all that checks and the choice look at, the mask's values aside.
 
@@ -41,7 +41,7 @@ def kind_of(
     ----------
     x, weight, mask, bias
         As the caller passed them, whatever they are.
-    settings : hashable
+    settings : tuple
         The other arguments, with the op's name.
 
     Returns
@@ -61,6 +61,8 @@ def kind_of(
         and (bias is None or bias.is_cpu)
     ):
         return None
+    if not all(map(_is_told_apart, settings)):
+        return None
     if torch.is_autocast_enabled("cpu") or not dispatch.holds_values(x):
         return None
     if weight.is_neg() or (bias is not None and bias.is_neg()):
@@ -74,6 +76,13 @@ def kind_of(
 
 
 _WEIGHTS = (Tensor, Parameter)
+_THREE = (int, int, int)
+
+
+def _is_told_apart(setting: Any) -> bool:
+    """Whether no setting of another type equals this one, as 1.0 and True equal 1."""
+    kind = type(setting)
+    return kind is int or kind is str or (kind is tuple and tuple(map(type, setting)) == _THREE)
 
 
 def find(kind: Hashable | None, density: Callable[[], float | None]) -> Known | None:

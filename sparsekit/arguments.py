@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -43,6 +44,8 @@ def check_convolution(
         Something does not fit; the text names the argument.
     """
     _check_tensors(x, weight, mask, bias)
+    if not _is_integer(groups):
+        raise ArgumentTypeError(f"groups: expected an int, got {groups!r}")
     if groups < 1 or weight.shape[0] % groups:
         raise ArgumentError(
             f"groups: expected a divisor of the {weight.shape[0]} output channels, got {groups}"
@@ -110,10 +113,18 @@ def _check_tensors(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None)
 
 
 def _triple(name: str, value: int | Sequence[int], *, least: int) -> Size3:
-    values = (value, value, value) if isinstance(value, int) else tuple(value)
+    values = tuple(value) if isinstance(value, Sequence) else (value, value, value)
+    expected = f"{name}: expected an int >= {least} or 3 of them, got {value!r}"
+    if not all(_is_integer(v) for v in values):
+        raise ArgumentTypeError(expected)
     if len(values) != 3 or any(v < least for v in values):
-        raise ArgumentError(f"{name}: expected an int >= {least} or 3 of them, got {value!r}")
-    return values
+        raise ArgumentError(expected)
+    return int(values[0]), int(values[1]), int(values[2])
+
+
+def _is_integer(value: object) -> bool:
+    # Those of NumPy count as integers too; bools would, and a float may equal one.
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _resolve_padding(

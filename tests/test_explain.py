@@ -1,6 +1,7 @@
 import re
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,7 +113,7 @@ def test_auto_takes_the_first_row_and_says_so(monkeypatch: pytest.MonkeyPatch) -
     assert dispatch.resolve("topk_mask", "cuda").implementation is triton
 
 
-def test_doctor_says_what_each_op_takes_here() -> None:
+def test_doctor_says_what_each_op_takes_here(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"})
     assert result.exit_code == 0
     for op in implementations.ops():
@@ -124,6 +125,12 @@ def test_doctor_says_what_each_op_takes_here() -> None:
     assert torch.__version__.split("+")[0] in result.output
     _check_predictions(result.output)
     assert "CPU cores usable" in result.output
+    assert "off: SPARSEKIT_AUTOTUNE=1 turns it on" in result.output
+    (tmp_path / "sparsekit").mkdir()
+    (tmp_path / "sparsekit" / "autotune.json").write_text('{"choices": {"a": {}, "b": {}}}')
+    wanted = {"SPARSEKIT_AUTOTUNE": "1", "XDG_CACHE_HOME": str(tmp_path), "COLUMNS": "400"}
+    result = CliRunner().invoke(app, ["doctor"], env=wanted)
+    assert f"on, 2 choices in {tmp_path / 'sparsekit' / 'autotune.json'}" in result.output
 
 
 def _check_predictions(output: str) -> None:

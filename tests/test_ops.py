@@ -3,12 +3,13 @@
 from collections import OrderedDict
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from sparsekit.errors import ArgumentError, ArgumentTypeError, BackendError
-from sparsekit.ops import masked_conv3d, topk_mask
+from sparsekit.ops import conv_norm_pool_relu, masked_conv3d, topk_mask
 
 
 def conv_arguments(**changes: Any) -> dict[str, Any]:
@@ -68,6 +69,19 @@ CONV_REFUSALS: list[tuple[dict[str, Any], type[Exception], str]] = [
 def test_masked_conv3d_refuses(changes: dict[str, Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         masked_conv3d(**conv_arguments(**changes))
+
+
+@pytest.mark.parametrize("op", [masked_conv3d, conv_norm_pool_relu])
+@pytest.mark.parametrize("name", ["stride", "padding", "dilation", "groups"])
+@pytest.mark.parametrize("wrong", [1.0, True, (1.0, 1, 1), (True, 1, 1), None, torch.tensor(1)])
+def test_what_only_equals_an_int_is_refused_always(op: Any, name: str, wrong: Any) -> None:
+    """Also after a call with the int that it equals, which is kept."""
+    x, weight = torch.ones(1, 2, 5, 6, 7), torch.ones(6, 2, 3, 3, 3)
+    mask = torch.ones_like(weight, dtype=torch.bool)
+    for right in (1,) if name == "groups" else (1, (1, 1, 1), [1, np.int64(1), 1]):
+        op(x, weight, mask, **{name: right})
+        with pytest.raises(ArgumentTypeError, match=f"{name}: expected an int"):
+            op(x, weight, mask, **{name: wrong})
 
 
 @pytest.mark.parametrize("precision", ["auto", "ieee", "tf32", "tf32x3", "bf16x3"])

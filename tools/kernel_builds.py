@@ -135,7 +135,7 @@ def _run(tool: str, *arguments: str) -> str:
 def builds(target: str, *, whole: bool) -> list[Build]:
     """All that is compiled for one kind of GPU; one of each kernel unless `whole`."""
     convolution = masked_conv3d.builds(target, whole=whole)
-    others = [*topk_mask.builds(), *bitmap.builds()]
+    others = [*topk_mask.builds(amd=target.startswith("gfx")), *bitmap.builds()]
     if not whole:
         others = list({build.kernel.__name__: build for build in others}.values())
     return [*convolution, *others]

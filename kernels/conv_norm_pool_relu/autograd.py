@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sparsekit.kernels.batched import for_each
 from sparsekit.kernels.conv_norm_pool_relu import run, single_channel
 from sparsekit.kernels.masked_conv3d.geometry import Shape
-from sparsekit.kernels.masked_conv3d.plan_cache import PlanCache
+from sparsekit.kernels.masked_conv3d.plan_cache import PlanCache, watched
 
 
 class _ConvNormPoolReLU(torch.autograd.Function):
@@ -22,8 +23,9 @@ class _ConvNormPoolReLU(torch.autograd.Function):
         saved = run.forward(x, weight.contiguous(), _contiguous(bias), plan, eps=eps)
         # All of it through torch, which frees it after the backward pass and lets checkpoints in.
         ctx.save_for_backward(
-            weight, saved.padded, saved.planes, saved.pooled, saved.winner, saved.statistics
-        )
+            weight, watched(mask), saved.padded, saved.planes, saved.pooled, saved.winner,
+            saved.statistics,
+        )  # fmt: skip
         ctx.plan = plan
         return saved.pooled
 
@@ -32,12 +34,16 @@ class _ConvNormPoolReLU(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        weight, *saved = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        dx, dw, db = run.backward(
-            run.Saved(*saved), grad, weight.contiguous(), ctx.plan, need_x=need_x
+        weight, _, *saved = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        found = for_each(
+            lambda one: run.backward(
+                run.Saved(*saved), one, weight.contiguous(), ctx.plan, need_x=needs[0]
+            ),
+            grad,
+            needs,
         )
-        return dx, dw if need_weight else None, db if need_bias else None, None, None, None
+        return *found, None, None, None
 
 
 class _SingleChannel(torch.autograd.Function):
@@ -64,7 +70,7 @@ class _SingleChannel(torch.autograd.Function):
                 for name, t in vars(saved).items()
                 if isinstance(t, Tensor) and not t.is_inference()
             }
-            ctx.save_for_backward(*tensors.values())
+            ctx.save_for_backward(watched(mask), *tensors.values())
             ctx.names = tuple(tensors)
             emptied: dict[str, Any] = dict.fromkeys(tensors)
             ctx.rest = replace(saved, **emptied)
@@ -75,10 +81,15 @@ class _SingleChannel(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        _, need_weight, need_bias = ctx.needs_input_grad[:3]
-        saved = replace(ctx.rest, **dict(zip(ctx.names, ctx.saved_tensors, strict=True)))
-        dw, db = single_channel.backward(saved, grad.contiguous(), threads=torch.get_num_threads())
-        return None, dw if need_weight else None, db if need_bias else None, None, None, None
+        saved = replace(ctx.rest, **dict(zip(ctx.names, ctx.saved_tensors[1:], strict=True)))
+        found = for_each(
+            lambda one: single_channel.backward(
+                saved, one.contiguous(), threads=torch.get_num_threads()
+            ),
+            grad,
+            ctx.needs_input_grad[1:3],
+        )
+        return None, *found, None, None, None
 
 
 def _contiguous(bias: Tensor | None) -> Tensor | None:

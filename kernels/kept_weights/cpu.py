@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.kernels import buffers, parallel
+from sparsekit.kernels.batched import stands_for_others
 from sparsekit.kernels.compiled import kernel
 from sparsekit.kernels.mask_vectors import copy_kept
 from sparsekit.kernels.memory import load_byte, load_float, store_float
@@ -53,8 +54,11 @@ class _KeptWeights(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor, None]:
+        mask = ctx.saved_tensors[0]
+        if stands_for_others(grad):
+            return torch.where(mask, grad, 0.0), None
         # The function itself, so that gradients can be differentiated again.
-        return kept_weights(grad, ctx.saved_tensors[0]), None
+        return kept_weights(grad, mask), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from sparsekit.kernels.batched import for_each
 from sparsekit.kernels.kept_weights.cpu import select_kept
 from sparsekit.kernels.masked_conv3d import backward as backward_pass
-from sparsekit.kernels.masked_conv3d import packing, run, selector, voxels
+from sparsekit.kernels.masked_conv3d import packing, plan_cache, run, selector, voxels
 from sparsekit.kernels.masked_conv3d.cost import Gradients
 from sparsekit.kernels.masked_conv3d.geometry import Shape, shape_of
 from sparsekit.kernels.masked_conv3d.plan import Plan
@@ -66,8 +67,7 @@ class _MaskedConv3d(torch.autograd.Function):
         voxel_mask: Tensor | None,
     ) -> Tensor:  # fmt: skip
         y, padded, ctx.plan = _forward(x, weight, mask, bias, shape, voxel_mask)
-        # The mask only so that torch refuses a backward pass after it has changed.
-        ctx.save_for_backward(padded, weight, mask, voxel_mask)
+        ctx.save_for_backward(padded, weight, plan_cache.watched(mask), voxel_mask)
         return y
 
     @staticmethod
@@ -76,9 +76,11 @@ class _MaskedConv3d(torch.autograd.Function):
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
         padded, weight, _, voxel_mask = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        dx, dw, db = _backward(grad, padded, weight, ctx.plan, voxel_mask, need_x)
-        return dx, dw if need_weight else None, db if need_bias else None, None, None, None
+        needs = ctx.needs_input_grad[:3]
+        found = for_each(
+            lambda one: _backward(one, padded, weight, ctx.plan, voxel_mask, needs[0]), grad, needs
+        )
+        return *found, None, None, None
 
 
 def masked_conv3d(

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from sparsekit.kernels.batched import for_each
 from sparsekit.kernels.masked_conv3d import launches
 from sparsekit.kernels.masked_conv3d.geometry import Shape, shape_of
 from sparsekit.kernels.masked_conv3d.gpu_cost import Decision
@@ -110,11 +111,15 @@ class _MaskedConv3d(torch.autograd.Function):
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
         source, weight, mask, voxel_mask = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        dx, dw, db = _backward(
-            grad, source, weight, mask, ctx.plan, voxel_mask, ctx.precision, need_x, need_weight
+        needs = ctx.needs_input_grad[:3]
+        found = for_each(
+            lambda one: _backward(
+                one, source, weight, mask, ctx.plan, voxel_mask, ctx.precision, *needs[:2]
+            ),
+            grad,
+            needs,
         )
-        return dx, dw, db if need_bias else None, None, None, None, None
+        return *found, None, None, None, None
 
 
 def masked_conv3d(

@@ -95,8 +95,14 @@ def count_columns(mask: Tensor, groups: int) -> Listed:
     )
 
 
-def decide(shape: Shape, samples: int, kind: Kind, listed: Listed, *, train: bool) -> Decision:
-    """Choose tiles, and whether torch's dense convolution would be faster than the best of them.
+Ranked = list[tuple[float, int, int]]
+"""Seconds, rows of an output tile and width of a run, the fastest first."""
+
+
+def ranked(
+    shape: Shape, samples: int, kind: Kind, listed: Listed, *, train: bool
+) -> tuple[Ranked, Ranked]:
+    """All tiles of the forward pass, with the weight gradient, and of the input gradient.
 
     Parameters
     ----------
@@ -108,7 +114,6 @@ def decide(shape: Shape, samples: int, kind: Kind, listed: Listed, *, train: boo
         Whether the gradients count.
     """
     element = kind.dtype.itemsize
-    weights = shape.c_out * (shape.c_in // shape.groups) * math.prod(shape.kernel)
     forward, backward = [], []
     for rows, width in itertools.product(ROWS, WIDTHS):
         tiles = settings(kind, rows, width, rows, width)
@@ -128,8 +133,17 @@ def decide(shape: Shape, samples: int, kind: Kind, listed: Listed, *, train: boo
             listed.backward[rows, width] / math.prod(shape.stride), samples, element,
         )  # fmt: skip
         backward.append((own, rows, width))
-    seconds, rows, width = min(forward)
-    back_seconds, back_rows, back_width = min(backward)
+    return sorted(forward), sorted(backward)
+
+
+def decide(shape: Shape, samples: int, kind: Kind, listed: Listed, *, train: bool) -> Decision:
+    """Choose tiles, and whether torch's dense convolution would be faster than the best of them.
+
+    Arguments as in `ranked`.
+    """
+    weights = shape.c_out * (shape.c_in // shape.groups) * math.prod(shape.kernel)
+    forward, backward = ranked(shape, samples, kind, listed, train=train)
+    (seconds, rows, width), (back_seconds, back_rows, back_width) = forward[0], backward[0]
     kernels = seconds + (back_seconds if train else 0.0)
     dense = _dense(shape, samples, kind, weights) * (3 if train else 1)
     margin = _MARGIN_OTHER if kind.architecture == "other" else _MARGIN

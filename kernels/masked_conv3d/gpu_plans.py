@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekit.kernels.masked_conv3d import gpu_cost, gpu_plan
+from sparsekit.kernels import tuning
+from sparsekit.kernels.masked_conv3d import autotune, gpu_cost, gpu_plan
 from sparsekit.kernels.masked_conv3d.geometry import Shape
 from sparsekit.kernels.masked_conv3d.gpu_cost import Decision
 from sparsekit.kernels.masked_conv3d.gpu_plan import Plan
@@ -70,15 +71,22 @@ class GpuPlans:
         _thread.__dict__.pop("compared", None)
 
     def decide(self, shape: Shape, samples: int, kind: Kind, *, train: bool) -> Decision:
-        """Choose tiles and path."""
-        key = shape, samples, kind, train
+        """Choose tiles and path: by the model or, where that is asked for, by times."""
+        recording = self._mask.is_cuda and torch.cuda.is_current_stream_capturing()
+        timed = not recording and not autotune.why_not(self._mask)
+        key = shape, samples, kind, train, timed
+        if recording and (*key[:-1], True) in self._decisions and not tuning.why_off():
+            key = *key[:-1], True
         known = self._decisions.get(key)
         if known is not None:
             return known
         listed = self._listed.get(shape.groups)
         if listed is None:
             listed = self._listed[shape.groups] = gpu_cost.count_columns(self._mask, shape.groups)
-        found = gpu_cost.decide(shape, samples, kind, listed, train=train)
+        if timed:
+            found = autotune.decide(self._mask, shape, samples, kind, listed, train=train)
+        else:
+            found = gpu_cost.decide(shape, samples, kind, listed, train=train)
         _make_room(self._decisions, self.MOST)
         self._decisions[key] = found
         return found

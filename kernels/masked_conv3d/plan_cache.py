@@ -124,6 +124,14 @@ class PlanCache:
         return plan
 
 
+def watched(mask: Tensor) -> Tensor | None:
+    """What a forward pass saves of its mask, so that torch refuses the backward pass if it changed.
+
+    A mask that was made in inference mode counts no changes, and torch would refuse to save it.
+    """
+    return None if mask.is_inference() else mask
+
+
 _memcmp = ctypes.CDLL(None).memcmp
 _memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 _memcmp.restype = ctypes.c_int

@@ -123,9 +123,14 @@ def _sums(kind: Kind, rows: int, width: int) -> Tile:
     # On sm_90 a 32-bit operand of 64 rows would have to be transposed by 4-byte copies.
     entries = 64 if half and width > 1 else 32
     voxels = 128 if half and width > 1 else 64
+    stages = _stages(kind)
+    # Found by compiling with the oldest and the newest Triton: otherwise these spill.
     if kind.split or exact:
         voxels = 32
-    # Found by compiling: with 4 warps these spill.
+        if rows == 128 and width == 1:
+            stages = 2
+        if rows == 128 and width > 1 and kind.split and kind.architecture == "gfx942":
+            voxels = 16
     least = 16 if exact or (kind.split and width == 1) else 32 if kind.split else 64
     many = rows > least or (kind.architecture == "sm_100" and half and rows == 64)
-    return Tile(rows, entries, voxels, 8 if many else 4, _stages(kind))
+    return Tile(rows, entries, voxels, 8 if many else 4, stages)

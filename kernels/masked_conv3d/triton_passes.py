@@ -123,8 +123,9 @@ def weight_gradient(
             real = part * VOXELS + m < numbers
             x_base = tl.load(x_places + own, mask=real, other=0)
             g_base = tl.load(g_places + own, mask=real, other=-1)
-            # Beyond the output stand numbers of the input that are no part of these sums.
-            inside = g_base >= 0
+            # Beyond the output, at -1, stand numbers of the input that are no part of these sums.
+            # (With >= 0, newer compilers would make a maximum of it, and forget what divides it.)
+            inside = g_base != -1
             g_base = tl.where(inside, g_base, 0)
             if CONTIGUOUS > 1:
                 x_base = tl.multiple_of(x_base, CONTIGUOUS)
@@ -165,4 +166,4 @@ def sum_splits(
         at = first[None, :] + source[:, None]
         real = (row < rows)[None, :] & (source >= 0)[:, None]
         kept = tl.load(mask + at, mask=real, other=0) != 0
-        tl.store(out + at, total.to(out.dtype.element_ty), mask=real & kept)
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=kept)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sparsekit.kernels.batched import for_each
 from sparsekit.kernels.norm_pool_relu import run
 
 
@@ -21,9 +22,12 @@ class _NormPoolReLU(torch.autograd.Function):
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_y: Tensor
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor | None, ...]:
         x, *pooled = ctx.saved_tensors
-        return run.backward(x, run.Pooled(*pooled), grad_y.contiguous()), None
+        found = for_each(
+            lambda one: (run.backward(x, run.Pooled(*pooled), one.contiguous()),), grad_y, (True,)
+        )
+        return *found, None
 
 
 def norm_pool_relu(x: Tensor, *, eps: float) -> Tensor:

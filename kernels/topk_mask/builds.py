@@ -7,7 +7,7 @@ from sparsekit.kernels.topk_mask import triton_passes as passes
 _ROW = {"row": "i32", "rows": "i32"}
 
 
-def builds() -> list[Build]:
+def builds(*, amd: bool) -> list[Build]:
     """Every kernel in the tiles that it runs with, for each dtype, with `within` and without."""
     tiles = topk.TILES
     warps, block = tiles.warps, {"BLOCK": tiles.block}
@@ -33,12 +33,13 @@ def builds() -> list[Build]:
         constants = {"KIND": kind, "WITHIN": within}
         digits = topk.DIGITS[topk.ZEROS[kind]]
         low = {"LOW": digits[-1][0]}
+        counted = {"BLOCK": tiles.counted_of(kind, amd=amd)}
         for shift, width in digits:
             rows.append(
                 build(
                     passes.histogram_kernel,
                     pointers | {"state": "*i64", "counts": "*i64"} | _ROW | {"tensors": "i32"},
-                    constants | {"SHIFT": shift, "BITS": width, "BLOCK": tiles.counted_of(kind)},
+                    constants | {"SHIFT": shift, "BITS": width} | counted,
                     num_warps=warps,
                 )
             )  # fmt: skip
@@ -55,7 +56,7 @@ def builds() -> list[Build]:
             build(
                 passes.ties_kernel,
                 pointers | quotas | _ROW,
-                constants | block | low,
+                constants | {"BLOCK": tiles.tied} | low,
                 num_warps=warps,
             )
         )

@@ -25,16 +25,21 @@ class Tiles:
     """Entries of a row of the table; a multiple of the two below and of 128."""
     counted: int = 1 << 12
     """Entries that a program counts at a time; more of them share the histogram's overhead. Of
-    16-bit floats half as many, as gfx942 has too few scalar registers for all."""
+    16-bit floats half as many, and of float32 on AMD a quarter: gfx942 has few scalar registers."""
     block: int = 1 << 11
     """Entries that a program holds at a time otherwise; a power of two, at least 16."""
     programs: int = 1024
     """Most programs of a launch: each adds its whole histogram to the joint one, once."""
     warps: int = 8
 
-    def counted_of(self, kind: int) -> int:
+    def counted_of(self, kind: int, *, amd: bool) -> int:
         """Entries of a dtype that a program counts at a time."""
-        return self.counted // 2 if kind else self.counted
+        return self.counted // (2 if kind else 4 if amd else 1)
+
+    @property
+    def tied(self) -> int:
+        """Entries that a program holds where ties are chosen: of more, registers spill."""
+        return max(16, self.block // 2)
 
 
 TILES = Tiles()
@@ -138,6 +143,7 @@ def select(
     bits = torch.empty(int(starts[-1]), dtype=torch.uint8, device=device)
     inside = _base(allowed) if allowed else values[filled[0]]
     common = {"WITHIN": int(bool(allowed)), "warps": tiles.warps}
+    amd = torch.version.hip is not None
 
     for d, (shift, width) in enumerate(digits):
         counts = state[_STATE_SIZE + d * _BINS :]
@@ -145,7 +151,8 @@ def select(
             launch(
                 passes.histogram_kernel, min(g.rows, tiles.programs),
                 g.values, inside, table, state, counts, g.row, g.rows, len(tensors),
-                KIND=g.kind, SHIFT=shift, BITS=width, BLOCK=tiles.counted_of(g.kind), **common,
+                KIND=g.kind, SHIFT=shift, BITS=width, BLOCK=tiles.counted_of(g.kind, amd=amd),
+                **common,
             )  # fmt: skip
         launch(passes.digit_kernel, 1, state, counts, keep, BITS=width, FIRST=d == 0)
     for g in groups:
@@ -159,7 +166,7 @@ def select(
         launch(
             passes.ties_kernel, min(g.rows, tiles.programs),
             g.values, inside, table, state, bits, ties, g.row, g.rows,
-            KIND=g.kind, LOW=low, BLOCK=tiles.block, **common,
+            KIND=g.kind, LOW=low, BLOCK=tiles.tied, **common,
         )  # fmt: skip
     launch(
         passes.masks_kernel, min(parts, tiles.programs), bits, table, _base(outputs), parts,

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from sparsekit import flops
 from sparsekit._version import __version__
-from sparsekit.kernels import dispatch, implementations
+from sparsekit.kernels import dispatch, implementations, tuning
 from sparsekit.models import BrainAgeCNN
 from sparsekit.nn import sparsify
 
@@ -59,7 +59,13 @@ def _system() -> Table:
             table.add_row(f"cuda:{i}", torch.cuda.get_device_name(i))
     else:
         table.add_row("GPU", "none that torch can use")
+    table.add_row("autotuning on a GPU", escape(_autotuning()))
     return table
+
+
+def _autotuning() -> str:
+    why = tuning.why_off()
+    return f"off: {why}" if why else f"on, {tuning.count()} choices in {tuning.path()}"
 
 
 def _ops() -> Table:

@@ -7,6 +7,7 @@ without an axis has one channel there: a linear layer's weight is that of a 1x1x
 import math
 import re
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -181,6 +182,19 @@ def two_of_four(tensors: State, within: Masks | None) -> dict[str, Tensor]:
         allowed = torch.ones_like(tensor, dtype=torch.bool) if within is None else within[name]
         alive = layout.members(allowed.to(tensor.device))
         sizes = torch.where(alive, layout.members(tensor.detach().abs().float()), -1.0)
-        best = sizes.sort(dim=3, descending=True, stable=True).indices[..., :2]
-        masks[name] = layout.restored(torch.zeros_like(alive).scatter(3, best, True) & alive)
+        masks[name] = layout.restored(_two_largest(sizes) & alive)
     return masks
+
+
+def _two_largest(sizes: Tensor) -> Tensor:
+    """Where the 2 largest of the 4 in the last axis stand; of equal ones the first wins.
+
+    By the 6 comparisons of every two: sorting so few takes many times longer.
+    """
+    four = sizes.unbind(-1)
+    above = [torch.zeros(one.shape, dtype=torch.int8, device=one.device) for one in four]
+    for earlier, later in combinations(range(4), 2):
+        wins = four[earlier] >= four[later]
+        above[later] += wins
+        above[earlier] += ~wins
+    return torch.stack(above, dim=-1) < 2

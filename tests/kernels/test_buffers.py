@@ -35,6 +35,15 @@ def test_small_ones_are_torchs() -> None:
     assert buffers.empty(()).shape == ()
 
 
+def test_they_shrink_in_place_and_grow_as_a_copy() -> None:
+    """torch cannot resize memory that is not its own; kernels/masked_conv3d/README.md says so."""
+    x = buffers.empty((2, SMALLEST)).fill_(3.0)
+    assert x.resize_(1, SMALLEST).shape == (1, SMALLEST)
+    with pytest.raises(RuntimeError, match="not resizable"):
+        x.resize_(3, SMALLEST)
+    assert x.clone().resize_(3, SMALLEST)[0, -1] == 3.0
+
+
 def test_ranges_are_joined_and_used_again() -> None:
     lent, held = buffers.held_bytes()
     whole = buffers.empty((8, SMALLEST))

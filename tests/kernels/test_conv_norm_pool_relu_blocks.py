@@ -241,3 +241,29 @@ def test_the_block_is_the_layers_one_after_the_other() -> None:
     y = functional.relu(functional.max_pool3d(functional.instance_norm(z, eps=EPS), 2))
     torch.testing.assert_close(fused, y, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(with_gradient.detach(), y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("op", [masked_conv3d, conv_norm_pool_relu])
+def test_a_mask_that_changed_meanwhile_is_refused(op: Any, channels: int) -> None:
+    """By the block and by the plain convolution alike."""
+    weight = torch.ones(4, channels, 3, 3, 3, requires_grad=True)
+    mask = torch.ones_like(weight, dtype=torch.bool)
+    y = op(torch.ones(1, channels, 6, 6, 6), weight, mask, padding=1, backend="cpu")
+    mask[0, 0] = False
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("op", [masked_conv3d, conv_norm_pool_relu])
+def test_training_with_a_mask_made_in_inference_mode(op: Any, channels: int) -> None:
+    with torch.inference_mode():
+        mask = torch.ones(4, channels, 3, 3, 3, dtype=torch.bool)
+    weight = torch.ones(4, channels, 3, 3, 3, requires_grad=True)
+    x = torch.arange(216.0 * channels).reshape(1, channels, 6, 6, 6).sin()
+    found = torch.autograd.grad(op(x, weight, mask, padding=1, backend="cpu").sum(), weight)
+    known = torch.autograd.grad(
+        op(x, weight, mask.clone(), padding=1, backend="reference").sum(), weight
+    )
+    torch.testing.assert_close(found, known, rtol=1e-3, atol=1e-2)
