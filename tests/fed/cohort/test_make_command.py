@@ -64,7 +64,7 @@ def test_ctrl_c_says_what_is_kept_and_the_next_call_goes_on(
 def test_a_pipe_gets_a_line_for_each_tenth(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cohort_module, "write_scan", lambda path, *_: None)
+    monkeypatch.setattr(cohort_module, "write_scan", lambda *_: None)
     assert run(str(tmp_path / "c"), "--subjects", "20", "--sites", "1", "--workers", "1") == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if " of 20 scans" in line]
     assert lines == [f"{done} of 20 scans" for done in range(2, 20, 2)]
