@@ -17,6 +17,9 @@ from page_command import run
 
 from sparsekit.fed.cohort.make import volumes
 
+# From so many people on, slopes are certain enough to be compared with the table; those of fewer only
+# with what was asked of the same people.
+ENOUGH = 2000
 SLOPE_BOUND, SPREAD_BOUND, CORRELATION_BOUND, LEAST_R = 0.15, 0.25, 0.15, 0.95
 
 
@@ -132,8 +135,7 @@ def page(results: dict[str, Any]) -> str:
         "IXI's own people are not uniform in age.",
     ]
     for name, result in results["resolutions"].items():
-        # Enough people to compare with the table; fewer only with what was asked of themselves.
-        whole = name == "4 mm"
+        whole = result["people"] >= ENOUGH
         rows, missed = slopes(result, "ixi" if whole else "drawn")
         worst = result["worst_correlation"]
         pair = " and ".join(part.replace("_", " ") for part in worst["pair"])
@@ -157,13 +159,13 @@ def page(results: dict[str, Any]) -> str:
             f"Head size follows what was asked with an SD of the error of "
             f"{100 * result['head_size_error_sd']:.2f} %.",
         ]
-        if not whole:
+        if name != "4 mm":
             continue
         parts += ["", "Other terms of the fit, IXI / rendered:", "", *effects(result)]
         parts += [
             "",
             "Residual correlations, IXI above the diagonal, rendered below it. The largest "
-            f"difference is {off:.2f}, of {pair}.",
+            f"difference is {abs(worst['ixi'] - worst['rendered']):.2f}, of {pair}.",
             "",
             *correlations(result),
             "",
