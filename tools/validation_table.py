@@ -17,7 +17,7 @@ from page_command import run
 
 from sparsekit.fed.cohort.make import volumes
 
-# From so many people on, slopes are certain enough to be compared with the table; those of fewer only
+# From so many people on, slopes are certain enough to compare with the table; those of fewer only
 # with what was asked of the same people.
 ENOUGH = 2000
 SLOPE_BOUND, SPREAD_BOUND, CORRELATION_BOUND, LEAST_R = 0.15, 0.25, 0.15, 0.95
