@@ -3,10 +3,11 @@
 Fit: ``log(V / ICV) = b0 + d1 a + d2 a^2 + m male + site + e`` with ``a = (age - 60) / 10`` over
 the 518 people of the IXI data set (age 20-86, CC BY-SA 3.0) whose FreeSurfer volumes and
 demographics the public repository dfsp-spirit/brainnet carries. Only the fitted numbers below
-are used here; NOTICE has the attribution. The fit's site terms are left out: they are the
-measuring scanner's, and the scanners of a synthetic cohort are drawn in
-`sparsekit.fed.cohort.make.scanner`.
+are used here; NOTICE has the attribution. The fit's site terms say how far apart three sites
+measure the same kind of people; a synthetic site draws its own from their spread.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +42,11 @@ _FIT: NDArray[np.float64] = np.array(
         (0.00092, +0.348, +0.0570, +0.097, 0.447),
     ]
 )
+# How far HH and IOP lie from Guy's, in the same order; two of the three sites of IXI.
+_HH = (-0.100, -0.038, -0.030, -0.014, 0.028, 0.019, -0.011, -0.023, 0.140)
+_IOP = (0.009, 0.123, -0.019, 0.016, 0.118, 0.049, 0.003, 0.056, 0.627)
+IXI_SITE_TERMS: NDArray[np.float64] = np.array(((0.0,) * len(STRUCTURES), _HH, _IOP))
+"""Log fractions of the sites Guy's, HH and IOP over Guy's; shape (3, 9), float64."""
 _RESIDUAL_CORRELATIONS = (
     (0.52, -0.23, -0.23, -0.31, -0.31, -0.21, -0.17, 0.21),
     (-0.03, -0.22, -0.11, -0.19, -0.09, 0.02, 0.09),
@@ -56,16 +62,16 @@ REFERENCE_LOG_ICV = (_LOG_ICV_MALE + _LOG_ICV_FEMALE) / 2
 """Log of the mean intracranial volume in mm3; a head of this size is as large as the template."""
 
 
-def _residual_factor() -> NDArray[np.float64]:
+def _correlations() -> NDArray[np.float64]:
     correlation: NDArray[np.float64] = np.eye(len(STRUCTURES))
     for row, values in enumerate(_RESIDUAL_CORRELATIONS):
         correlation[row, row + 1 :] = values
         correlation[row + 1 :, row] = values
-    factor: NDArray[np.float64] = np.linalg.cholesky(correlation) * _FIT[:, 4:5]
-    return factor
+    return correlation
 
 
-_RESIDUAL_FACTOR = _residual_factor()
+# The loadings on nine independent normals that give the residuals' spread and correlations.
+_RESIDUAL_FACTOR: NDArray[np.float64] = np.linalg.cholesky(_correlations()) * _FIT[:, 4:5]
 
 
 def expected_log_fractions(age: float, *, male: float) -> NDArray[np.float64]:
@@ -115,6 +121,51 @@ def draw_log_fractions(
         expected_log_fractions(age, male=float(male)) + residual_scale * residual
     )
     return logs
+
+
+@dataclass(frozen=True)
+class FittedTerms:
+    """The table as fitted, to compare other people with.
+
+    Attributes
+    ----------
+    coefficients : ndarray, (9, 6), float64
+        Log fraction at 60, per decade, per decade squared, male, HH over Guy's, IOP over Guy's.
+    residual_sd : ndarray, (9,), float64
+    correlations : ndarray, (9, 9), float64
+        Of the residuals.
+    """
+
+    coefficients: NDArray[np.float64]
+    residual_sd: NDArray[np.float64]
+    correlations: NDArray[np.float64]
+
+
+def fitted_terms() -> FittedTerms:
+    """Copy out the fit to IXI, structures in the order of `STRUCTURES`."""
+    terms = [np.log(_FIT[:, 0]), *_FIT[:, 1:4].T, *IXI_SITE_TERMS[1:]]
+    return FittedTerms(np.stack(terms, axis=1), _FIT[:, 4].copy(), _correlations())
+
+
+def draw_site_terms(rng: np.random.Generator) -> NDArray[np.float64]:
+    """Draw one site's log fractions over those of the average site.
+
+    Their covariance between sites is that of the three sites of IXI.
+
+    Parameters
+    ----------
+    rng : Generator
+        Three standard normals are taken from it.
+
+    Returns
+    -------
+    ndarray, (9,), float64
+        Natural logarithms, in the order of `STRUCTURES`, at a residual scale of 1.
+    """
+    apart = IXI_SITE_TERMS - IXI_SITE_TERMS.mean(axis=0)
+    weights = rng.standard_normal(len(apart)) / np.sqrt(len(apart) - 1)
+    terms: NDArray[np.float64] = (weights[:, None] * apart).sum(axis=0)
+    return terms
 
 
 def draw_log_icv(rng: np.random.Generator, *, male: bool) -> float:
