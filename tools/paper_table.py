@@ -148,11 +148,11 @@ def page(results: dict[str, Any]) -> str:
         "mean over the seeds. *Difference*: sparse minus dense error of the same people, pooled "
         "over seeds, with its 95 % bootstrap interval over people, which does not hold the spread "
         "between starts: see the seeds. *Equal*: the upper end is at most "
-        f"{MARGIN:.2f} years, on at least {PEOPLE} people and {SEEDS} seeds; fewer give none. "
+        f"{MARGIN:.2f} years, on at least {PEOPLE} people, {SEEDS} seeds, else no verdict. "
         "*Bytes*: all application and framing bytes both ways, times less than those of the dense "
         "run with its lossless codec / than its weights as plain float32. *FLOPs*: of all training "
         "steps, dense gradients of regrowth included, counted from the masks and executed on the "
-        "paths that were taken. Medians over seeds. Wall clock depends on what else the machine did.",
+        "paths that were taken. Medians over seeds. Wall clock depends on the machine's other work.",
         "",
         f"Measured on {machine['cores']} cores ({machine['processor']}), torch {machine['torch']}.",
     ]
