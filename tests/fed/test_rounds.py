@@ -1,6 +1,5 @@
 import dataclasses
 import math
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +8,6 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from sparsekit import prune
 from sparsekit.codec import decode, encode, inspect
 from sparsekit.codec.core import Values
 from sparsekit.fed import messages
@@ -17,16 +15,16 @@ from sparsekit.fed.algorithm import (
     ServerState,
     aggregate,
     initial_state,
-    is_prunable,
     plan_round,
     read_update,
     whole_order,
 )
 from sparsekit.fed.config import RunConfig
 from sparsekit.fed.engines.base import Answered, Failure, Reply
-from sparsekit.fed.merging import Merger, Update
+from sparsekit.fed.merging import Update
 from sparsekit.fed.plan import Hello, Report, TrainPlan, from_control, to_control
 from sparsekit.fed.rounds import QuorumError, play_round
+from tests.fed.test_merging import added
 
 CONFIG = RunConfig(cohort="unused", rounds=4, width=0.05, sparsity=0.5, quorum=0.5)
 SHAPE = (12, 12, 12)
@@ -216,32 +214,6 @@ def test_too_few_replies_end_the_round_with_its_account(state: ServerState) -> N
     assert len(caught.value.rows) == 6
 
 
-def added(updates: Mapping[str, Update]) -> Merger:
-    merger = Merger()
-    for site in sorted(updates):
-        merger.add(updates[site])
-    return merger
-
-
-def test_the_average_is_rounded_once() -> None:
-    random = np.random.default_rng(5)
-    counts = {"a": 3, "b": 50, "c": 7}
-    numbers = {site: random.standard_normal(1001).astype(np.float32) for site in counts}
-    updates = {s: Update({"w": torch.from_numpy(n)}, None, counts[s]) for s, n in numbers.items()}
-    exact = np.sum([numbers[s].astype(np.longdouble) * n for s, n in counts.items()], axis=0) / 60
-    found = added(updates).average()["w"].numpy()
-    assert np.array_equal(found, exact.astype(np.float32))
-
-
-def test_an_update_is_not_held_once_it_is_added() -> None:
-    merger = Merger()
-    for _ in range(3):
-        weights = torch.ones(5)
-        merger.add(Update({"w": weights}, None, 1))
-        assert sys.getrefcount(weights) == 2
-    assert merger.average()["w"].tolist() == [1.0] * 5
-
-
 def test_global_pruning_starts_after_the_start_round(state: ServerState) -> None:
     plan = plan_round(state, CONFIG).plan
     update = read_update(encode(state.weights), plan=plan, sent=state, n_train=5)
@@ -253,21 +225,6 @@ def test_global_pruning_starts_after_the_start_round(state: ServerState) -> None
     total = sum(mask.numel() for mask in second.masks.values())
     kept = sum(int(mask.sum()) for mask in second.masks.values())
     assert kept == total - int((0.5 - 0.5 * (2 / 3) ** 3) * total)
-
-
-@pytest.mark.parametrize("granularity", ["vector:2", "block:2x4", "filter", "2:4"])
-def test_groups_are_pruned_as_one(state: ServerState, granularity: str) -> None:
-    once: dict[str, Any] = {"rounds": 2, "sparsity": 0.5, "granularity": granularity}
-    config = dataclasses.replace(CONFIG, **once)
-    state = dataclasses.replace(state, round=1)
-    merged = aggregate(state, added({"a": Update(dict(state.weights), None, 1)}), config)
-    prunable = {name: t for name, t in state.weights.items() if is_prunable(name, t)}
-    expected = prune.magnitude_masks(prunable, 0.5, granularity=granularity)
-    assert merged.masks is not None
-    assert merged.masks.keys() == expected.keys()
-    for name, mask in expected.items():
-        assert torch.equal(merged.masks[name], mask)
-        assert not bool(merged.weights[name][~mask].any())
 
 
 def test_local_votes_decide(state: ServerState) -> None:
