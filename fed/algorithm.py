@@ -8,6 +8,7 @@ Pruning", and the released code where the paper is silent.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 

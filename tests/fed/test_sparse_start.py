@@ -15,7 +15,6 @@ from sparsekit.codec.core import Values
 from sparsekit.errors import TemplateError, UsageError
 from sparsekit.fed import rounds, runner
 from sparsekit.fed.algorithm import (
-    Update,
     aggregate,
     initial_state,
     is_prunable,
@@ -24,11 +23,13 @@ from sparsekit.fed.algorithm import (
 )
 from sparsekit.fed.config import RunConfig
 from sparsekit.fed.ledger import Ledger
+from sparsekit.fed.merging import Update
 from sparsekit.fed.plan import build_model, work_per_weight
 from sparsekit.fed.pruning import regrown_share, scheduled_sparsity
 from sparsekit.fed.regrow import exchange, exchanged, gradient_flops, propose
 from sparsekit.fed.runner import resume_run, start_run
 from sparsekit.masks import is_nested
+from tests.fed.test_merging import added
 
 SMALL: dict[str, Any] = {
     "rounds": 4, "epochs": 1, "batch": 3, "width": 0.05, "sparsity": 0.8, "threads": 2,
@@ -292,7 +293,7 @@ def test_a_site_may_bring_back_what_the_round_allows_and_no_more() -> None:
         payload = encode(weights, round=1)
         if fine:
             update = read_update(payload, plan=order.plan, sent=order.sent, n_train=3)
-            after = aggregate(state, {"a": update}, config)
+            after = aggregate(state, added({"a": update}), config)
             assert after.masks is not None
             grown = after.masks[name] & ~state.masks[name]
             assert int(grown.sum()) == exchanged(after.masks[name], order.plan.regrow)
@@ -309,9 +310,9 @@ def test_a_round_without_masks_regrows_nothing() -> None:
     state = initial_state(config, in_shape=(12, 12, 12), mean_age=60.0)
     assert state.masks is None
     assert plan_round(state, config).plan.regrow is None
-    after = aggregate(state, {"a": Update(state.weights, None, 3)}, config)
+    after = aggregate(state, added({"a": Update(state.weights, None, 3)}), config)
     assert after.masks is None
-    later = aggregate(after, {"a": Update(after.weights, None, 3)}, config)
+    later = aggregate(after, added({"a": Update(after.weights, None, 3)}), config)
     assert later.masks is not None
     assert plan_round(later, config).plan.regrow is not None
 
