@@ -230,7 +230,7 @@ def read(payload: bytes, base: dict[str, Plain] | None = None) -> tuple[int, dic
         "<BBHIIIQQ", payload[8:40]
     )
     need(major == 1 and flags & 0xFE == 0 and reserved == 0, "version, flags, reserved")
-    short = flags & 1
+    short = bool(flags & 1)
     need(length == len(payload) and header_len % 8 == 0, "lengths")
     need(64 <= header_len <= min(length, 16_777_216), "header length")
     need(n_records <= 65_536, "number of records")
