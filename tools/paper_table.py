@@ -152,7 +152,7 @@ def page(results: dict[str, Any]) -> str:
         "*Bytes*: all application and framing bytes both ways, times less than those of the dense "
         "run with its lossless codec / than its weights as plain float32. *FLOPs*: of all training "
         "steps, dense gradients of regrowth included, counted from the masks and executed on the "
-        "paths that were taken. Medians over seeds. Wall clock depends on the machine's other work.",
+        "paths that were taken. Medians over seeds. Wall clock varies with the machine's load.",
         "",
         f"Measured on {machine['cores']} cores ({machine['processor']}), torch {machine['torch']}.",
     ]

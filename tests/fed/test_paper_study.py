@@ -50,6 +50,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paper_study, "settings", lambda *args: whole(*args) | small)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 def test_runs_are_played_once_and_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = [str(tmp_path), "--small", "--only", "uniform-iid-0"]
