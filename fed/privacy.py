@@ -1,8 +1,5 @@
 """A membership audit of a run: do its models tell who was trained on? See docs/privacy-audit.md."""
 
-import io
-import json
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,13 +28,10 @@ from sparsekit.fed.config import RunConfig, load_config_file, make_config
 from sparsekit.fed.membership import LEAST_PEOPLE, Asked, people_to_ask
 from sparsekit.fed.plan import TASK_EVALUATE, plan_for
 from sparsekit.fed.prepare import Prepared, prepare_sites
+from sparsekit.fed.privacy_files import AUDIT_FILE, FEATURES_FOLDER, LAYOUT, write_draws
 from sparsekit.fed.runner import CONFIG_FILE, is_running
-from sparsekit.fed.storage import write_atomically, write_json
+from sparsekit.fed.storage import write_json
 
-AUDIT_FILE = "privacy.json"
-FEATURES_FOLDER = "privacy"
-DRAWS_FILE = "draws.npz"
-LAYOUT = 1
 ENSEMBLE = 5
 MOMENTS = 6
 SHUFFLES = 19
@@ -126,12 +120,9 @@ def audit_run(
     with _torch_threads(threads or subject.config.threads):
         files = _ask_models(subject, watcher)
         found, draws = _attack(subject, files, attacks, shuffles, watcher)
-    stream = io.BytesIO()
-    np.savez(stream, **draws)  # type: ignore[arg-type]
-    write_atomically(run / FEATURES_FOLDER / DRAWS_FILE, stream.getvalue())
     result = {
         "layout": LAYOUT,
-        "draws": xxhash.xxh3_128_hexdigest(stream.getvalue()),
+        "draws": write_draws(run, draws),
         "config": {
             name: value
             for name, value in vars(subject.config).items()
@@ -154,56 +145,6 @@ def audit_run(
     }
     write_json(run / AUDIT_FILE, result)
     return result
-
-
-def audit_command(run: Path) -> str:
-    """Return what to type to audit a run, ready to be pasted into a shell."""
-    return f"`sparsekit privacy audit {shlex.quote(str(run))}`"
-
-
-def load_audit(run: Path) -> dict[str, Any]:
-    """Read a run's ``privacy.json``.
-
-    Raises
-    ------
-    RunError
-        If there is none, or it is damaged.
-    """
-    path = run / AUDIT_FILE
-    again = f"{audit_command(run)} writes it"
-    try:
-        result: Any = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunError(f"run: {run} has not been audited (no {AUDIT_FILE}); {again}") from None
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"run: {path} is damaged ({error}); {again} anew") from None
-    if not isinstance(result, dict) or result.get("layout") != LAYOUT:
-        raise RunError(f"run: {path} has another layout than this release reads; {again} anew")
-    if not {"attacks", "moments", "sites", "draws", "ensemble", "sparsity"} <= set(result):
-        raise RunError(f"run: {path} is damaged (parts are missing); {again} anew")
-    return dict(result)
-
-
-def load_draws(run: Path, audit: Mapping[str, Any]) -> dict[str, Array]:
-    """Read the draws that belong to a run's audit, (moments, draws) by name.
-
-    Raises
-    ------
-    RunError
-        If they are missing, damaged or of another audit.
-    """
-    path = run / FEATURES_FOLDER / DRAWS_FILE
-    try:
-        data = path.read_bytes()
-    except OSError:
-        data = b""
-    if xxhash.xxh3_128_hexdigest(data) != audit["draws"]:
-        raise RunError(
-            f"run: {path} is missing or does not belong to {run / AUDIT_FILE}; "
-            f"{audit_command(run)} writes both anew"
-        )
-    with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-        return {name: archive[name] for name in archive.files}
 
 
 def _check_options(

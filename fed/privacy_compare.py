@@ -14,7 +14,7 @@ import numpy as np
 from sparsekit.errors import RunError, UsageError
 from sparsekit.fed.attack_scores import Array, interval
 from sparsekit.fed.compare import run_names
-from sparsekit.fed.privacy import load_audit, load_draws
+from sparsekit.fed.privacy_files import load_audit, load_draws
 
 MEASURES = ("auc", "accuracy")
 GAPS = 3

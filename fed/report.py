@@ -14,7 +14,7 @@ import numpy as np
 
 from sparsekit.errors import MissingExtraError
 from sparsekit.fed.compare import load_people, load_result, run_names
-from sparsekit.fed.privacy import AUDIT_FILE, load_audit
+from sparsekit.fed.privacy_files import AUDIT_FILE, load_audit
 from sparsekit.fed.privacy_tables import attack_rows, audit_note, pair_rows, training_rows
 from sparsekit.fed.storage import write_atomically
 from sparsekit.fed.tables import difference_cells, line_items, saving_cells

@@ -14,8 +14,8 @@ from typing import Any
 from page_command import run
 
 from sparsekit.fed.compare import load_result
-from sparsekit.fed.privacy import load_audit
 from sparsekit.fed.privacy_compare import compare_audits
+from sparsekit.fed.privacy_files import load_audit
 from sparsekit.fed.privacy_tables import (
     attack_rows,
     audit_note,

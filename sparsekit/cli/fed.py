@@ -174,7 +174,7 @@ def report_command(run: RunFolder) -> None:
     from sparsekit.cli.privacy_tables import print_audit
     from sparsekit.cli.progress import print_progress, print_result
     from sparsekit.fed.compare import RESULT_FILE, load_result
-    from sparsekit.fed.privacy import AUDIT_FILE, load_audit
+    from sparsekit.fed.privacy_files import AUDIT_FILE, load_audit
     from sparsekit.fed.report import write_progress_report, write_report
 
     if (run / RESULT_FILE).exists():

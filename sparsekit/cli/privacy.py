@@ -44,7 +44,8 @@ def audit_command(
     from sparsekit.cli.privacy_tables import AuditBars, print_audit
     from sparsekit.fed.allocator import keep_freed_memory
     from sparsekit.fed.attack_models import ATTACKS
-    from sparsekit.fed.privacy import AUDIT_FILE, audit_command, audit_run
+    from sparsekit.fed.privacy import audit_run
+    from sparsekit.fed.privacy_files import AUDIT_FILE, audit_command
     from sparsekit.fed.storage import write_json
 
     keep_freed_memory()

@@ -10,13 +10,8 @@ import pytest
 from sparsekit.errors import RunError, UsageError
 from sparsekit.fed.attack_models import ATTACKS
 from sparsekit.fed.config import dump_config, load_config_file, make_config
-from sparsekit.fed.privacy import (
-    AUDIT_FILE,
-    audit_run,
-    choose_windows,
-    load_audit,
-    load_draws,
-)
+from sparsekit.fed.privacy import audit_run, choose_windows
+from sparsekit.fed.privacy_files import AUDIT_FILE, load_audit, load_draws
 from sparsekit.fed.report import write_report
 from sparsekit.fed.runner import LOCK_FILE
 
