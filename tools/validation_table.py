@@ -53,8 +53,10 @@ def slopes(result: dict[str, Any], reference: str) -> tuple[list[str], list[str]
         wide = spread["rendered"] / spread[reference]
         label = name.replace("_", " ")
         rows.append(
-            f"| {label} | {slope['ixi']:+.3f} | {slope['drawn']:+.3f} | {slope['rendered']:+.4f} {span(slope)} | "
-            f"{share(off)} | {spread['ixi']:.3f} | {spread['drawn']:.3f} | {spread['rendered']:.3f} {span(spread)} | "
+            f"| {label} | {slope['ixi']:+.3f} | {slope['drawn']:+.3f} | "
+            f"{slope['rendered']:+.4f} {span(slope)} | {share(off)} | "
+            f"{spread['ixi']:.3f} | {spread['drawn']:.3f} | "
+            f"{spread['rendered']:.3f} {span(spread)} | "
             f"{share(wide)} | {one['asked_r']:.3f} |"
         )
         if abs(off - 1) > SLOPE_BOUND:
