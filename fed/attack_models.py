@@ -161,7 +161,8 @@ def _train_network(parts: Sequence[Tensor], member: npt.NDArray[np.bool_], seed:
     truth = torch.from_numpy(member).float()
     held = _held_out(member, random)
     learned = np.flatnonzero(~held)
-    held_parts, held_truth = [part[held] for part in parts], truth[held]
+    aside = torch.from_numpy(held)
+    held_parts, held_truth = [part[aside] for part in parts], truth[aside]
     optimizer = torch.optim.Adam(network.parameters(), lr=_LEARNING_RATE)
     batch_size = min(_LARGEST_BATCH, max(_SMALLEST_BATCH, len(learned) // _LEAST_STEPS))
     least, since = float("inf"), 0

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]  (not in its stubs)
 
 Found = tuple[Tensor | None, ...]
 _MOST = 3
@@ -44,9 +45,8 @@ def _(
 
 def stands_for_others(x: Tensor) -> bool:
     """Whether this is a batch of `torch.vmap` or the like, and has no memory of its own."""
-    functorch = torch._C._functorch
     # The first is what `torch.autograd.grad` makes with `is_grads_batched`.
-    return functorch.is_legacy_batchedtensor(x) or functorch.is_functorch_wrapped_tensor(x)
+    return _functorch.is_legacy_batchedtensor(x) or _functorch.is_functorch_wrapped_tensor(x)
 
 
 def for_each(backward: Callable[[Tensor], Found], grad: Tensor, needs: tuple[bool, ...]) -> Found:

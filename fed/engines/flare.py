@@ -7,6 +7,7 @@ a provisioned FLARE elsewhere.
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from sparsekit.fed.engines.site_app import SITE_FILE
 from sparsekit.fed.engines.submitted import BRIDGE_FILE, follow, read_job
@@ -38,7 +39,7 @@ def main(folder: Path) -> None:
     else:
         admin = Path(job["admin"])
         env = ProdEnv(str(admin), login_timeout=20.0, username=admin.name)
-    run = recipe.execute(env)
+    run: Any = recipe.execute(env)
     if mode != "simulator":
         stop = run.abort if mode == "production" else None
         follow(lambda: str(run.get_status() or "").startswith("FINISHED"), stop, every=1.0)

@@ -42,7 +42,7 @@ def events(run: Callable[[], object]) -> float:
     """Median by the device's own clock, after the compilation."""
     for _ in range(_WARM_UP):
         run()
-    seconds = []
+    seconds: list[float] = []
     for _ in range(_RUNS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -186,7 +186,7 @@ def _numbers(sizes: tuple[int, ...], kind: Kind, device: torch.device) -> Tensor
 
 
 def _settings(stored: dict[str, Any]) -> Settings:
-    tiles = {
+    tiles: dict[str, Any] = {
         name: Tile(**value) if isinstance(value, dict) else value for name, value in stored.items()
     }
     return Settings(**tiles)
