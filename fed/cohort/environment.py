@@ -43,6 +43,8 @@ _SKEWED_NONIID_AGES = (
     (51.6, 3.4),
 )
 _AGES = dict(zip(ENVIRONMENTS, (_IID_AGES, _UNIFORM_NONIID_AGES, _SKEWED_NONIID_AGES), strict=True))
+_IXI_SITES = (("guys", 282), ("hh", 181), ("iop", 55))
+_IXI_AGE_RANGE = (20.0, 86.0)
 _PAPER_SKEWED_SIZES = (2401, 1765, 1303, 964, 714, 528, 391, 290)
 
 
@@ -57,13 +59,20 @@ class SitePlan:
     people : int
         Number of participants, at least `MIN_PEOPLE_PER_SITE`.
     age_mean, age_sd : float
-        Of the normal distribution of age in years before it is cut to `AGE_RANGE`.
+        Of the normal distribution of age in years before it is cut.
+    age_range : tuple of two float
+        What it is cut to.
+    ixi_site : int, optional
+        Position of the site of IXI whose volumes the site has (Guy's, HH, IOP); by default the
+        site draws its own.
     """
 
     label: str
     people: int
     age_mean: float
     age_sd: float
+    age_range: tuple[float, float] = AGE_RANGE
+    ixi_site: int | None = None
 
 
 def plan_sites(environment: str, *, subjects: int, sites: int) -> tuple[SitePlan, ...]:
@@ -115,6 +124,41 @@ def plan_sites(environment: str, *, subjects: int, sites: int) -> tuple[SitePlan
     return tuple(
         SitePlan(f"site-{site + 1}", people, *ages[site % len(ages)])
         for site, people in enumerate(_share(subjects, weights))
+    )
+
+
+def plan_ixi(subjects: int) -> tuple[SitePlan, ...]:
+    """Lay out the three sites of the IXI data set, to compare a cohort with its fitted table.
+
+    Sizes are in the proportion of the 518 people of the fit. Ages are uniform over their range,
+    20 to 86 years, at every site: the ages of the real sites are not part of the table.
+
+    Parameters
+    ----------
+    subjects : int
+        Participants in all.
+
+    Returns
+    -------
+    tuple of SitePlan
+        Guy's, HH and IOP.
+
+    Raises
+    ------
+    UsageError
+        If there are too few subjects.
+    """
+    if subjects < MIN_PEOPLE_PER_SITE * len(_IXI_SITES):
+        raise UsageError(
+            f"subjects: the three sites of IXI need at least "
+            f"{MIN_PEOPLE_PER_SITE * len(_IXI_SITES)} people, got {subjects}"
+        )
+    # So wide a normal distribution is flat between the limits.
+    middle, wide = sum(_IXI_AGE_RANGE) / 2, 1e4
+    sizes = _share(subjects, [float(people) for _, people in _IXI_SITES])
+    return tuple(
+        SitePlan(label, people, middle, wide, _IXI_AGE_RANGE, site)
+        for site, ((label, _), people) in enumerate(zip(_IXI_SITES, sizes, strict=True))
     )
 
 

@@ -8,12 +8,16 @@ from numpy.typing import NDArray
 from sparsekit.fed.cohort.make import volumes
 from sparsekit.fed.cohort.make.deform import Deformation, deform, lattice
 from sparsekit.fed.cohort.make.fields import Floats, floats, sample
+from sparsekit.fed.cohort.make.folding import fold
 from sparsekit.fed.cohort.make.people import Person
 from sparsekit.fed.cohort.make.template import DEEP, MAPS, Template
 
 _INDEX = {name: position for position, name in enumerate(volumes.STRUCTURES)}
 _REFERENCE = volumes.expected_log_fractions(volumes.REFERENCE_AGE, male=0.5)
 
+_TISSUES = ("cortex_gm", "cerebellar_gm", "other_gm", "cerebral_wm", "other_wm")
+# Cortex is lost at the banks of sulci: by this much more, in logits, per SD of height above them.
+_AT_BANKS = 0.7
 # Personal patterns: how unevenly cortex thins (40 mm), and sulci wider or narrower (10 mm).
 _UNEVEN_THINNING_MM, _UNEVEN_THINNING_SD = 40.0, 0.25
 _SULCI_MM, _SULCI_SD = 10.0, 0.16
@@ -23,6 +27,7 @@ _LESION_REACH_MM = 12.0
 _LESION_SLOPE = 8.0
 # No voxel loses more than this share of its tissue, nor gains more than it has.
 _MOST_LOST, _MOST_GAINED = 0.95, 1.0
+_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class Anatomy:
         Signed distance to the brain's surface, outside positive.
     texture : ndarray, (n,), float32
         Signal that tissue does not explain, in units of the white matter's.
+    loss : ndarray, (n,), float32
+        How much of the cortex's change with age falls here; mean 1 over the cortex.
     """
 
     deformation: Deformation
@@ -52,6 +59,7 @@ class Anatomy:
     lesions: Floats
     edge_mm: Floats
     texture: Floats
+    loss: Floats
 
 
 def build_anatomy(template: Template, person: Person, rng: np.random.Generator) -> Anatomy:
@@ -82,9 +90,21 @@ def build_anatomy(template: Template, person: Person, rng: np.random.Generator) 
     maps = sample(template.maps, deformation.source)
     channel = {name: np.ascontiguousarray(maps[:, k]) for k, name in enumerate(MAPS)}
     wanted = _template_sums(template) * np.exp(log_ratios) * deformation.growth
-    gm = channel["cortex_gm"] + channel["other_gm"]
+    tissue = sum((channel[name] for name in _TISSUES), np.zeros_like(channel["edge_mm"]))
+    folds = fold(
+        template,
+        rng,
+        deformation.source,
+        cortex_gm=channel["cortex_gm"],
+        cerebral_wm=channel["cerebral_wm"],
+        fluid=np.maximum(template.brain_fraction(channel["edge_mm"]) - tissue, 0),
+        ventricle_mm=channel["ventricle_mm"],
+        edge_mm=channel["edge_mm"],
+        other_gm=channel["other_gm"],
+    )
+    gm = folds.cortex_gm + channel["other_gm"]
     wm, moved = _shift_border(
-        channel["cerebral_wm"], gm, channel["ventricle_mm"], wanted[_INDEX["cerebral_wm"]]
+        folds.cerebral_wm, gm, channel["ventricle_mm"], wanted[_INDEX["cerebral_wm"]]
     )
 
     def field(spacing_mm: float, sd: float) -> Floats:
@@ -92,9 +112,10 @@ def build_anatomy(template: Template, person: Person, rng: np.random.Generator) 
         return drawn.reshape(-1)[deformation.voxels]
 
     sulci = channel["sulci"]
+    banks = np.exp(np.float32(-_AT_BANKS) * folds.height)
     cortex = _thin(
-        channel["cortex_gm"] + moved,
-        where=sulci * (1 + field(_UNEVEN_THINNING_MM, _UNEVEN_THINNING_SD)),
+        folds.cortex_gm + moved,
+        where=sulci * banks * (1 + field(_UNEVEN_THINNING_MM, _UNEVEN_THINNING_SD)),
         pattern=np.minimum(sulci, 3) * field(_SULCI_MM, _SULCI_SD),
         room=1 - wm,
         wanted=wanted[_INDEX["cortex_gm"]],
@@ -121,6 +142,7 @@ def build_anatomy(template: Template, person: Person, rng: np.random.Generator) 
         lesions=lesions,
         edge_mm=channel["edge_mm"],
         texture=channel["texture"],
+        loss=channel["loss"],
     )
 
 
@@ -147,14 +169,17 @@ def _shift_border(
 def _thin(gm: Floats, *, where: Floats, pattern: Floats, room: Floats, wanted: float) -> Floats:
     """Turn GM into fluid, or fluid into GM, in proportion to ``where``, up to a volume."""
     most = np.maximum(room, 0)
+    # Growing cortex fills sulci: also voxels that hold little of it and much fluid.
+    growing = np.sqrt(np.maximum(gm, 0) * most)
     amount = 0.0
     thinned = gm
-    for _ in range(4):
+    for _ in range(_ROUNDS):
         loss = np.clip(np.float32(amount) * where + pattern, -_MOST_GAINED, _MOST_LOST)
-        thinned = floats(np.clip(gm * (1 - loss), 0, most))
+        base = np.where(loss > 0, gm, growing)
+        thinned = floats(np.clip(gm - loss * base, 0, most))
         error = float(thinned.sum(dtype=np.float64)) - wanted
         # Voxels at their limit no longer follow: the others must make up for them.
-        free = gm * where
+        free = base * where
         free[(thinned >= most) if error < 0 else (loss >= _MOST_LOST)] = 0
         amount += error / max(float(free.sum(dtype=np.float64)), 1.0)
     return thinned

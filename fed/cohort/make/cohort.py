@@ -25,7 +25,7 @@ Progress = Callable[[int, int], None]
 """Called with the number of scans written and the number in all."""
 
 # Raised whenever the same settings give other bytes, so that an old cohort is not taken for new.
-RECIPE = 1
+RECIPE = 2
 
 _PEOPLE_PER_TASK = 8
 

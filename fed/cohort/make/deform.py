@@ -219,7 +219,7 @@ def _open_third(points_mm: Floats) -> Floats:
     window = np.clip((16 - np.abs(y + 13)) / 4 + 0.5, 0, 1)
     window *= np.clip((10 - np.abs(z - 2)) / 4 + 0.5, 0, 1)
     basis = np.zeros_like(points_mm)
-    basis[:, 0] = -x * np.exp(-((x / 10) ** 2)) * window
+    basis[:, 0] = -x * np.exp(-((x / 13) ** 2)) * window
     return basis
 
 

@@ -7,11 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
 
-from sparsekit.fed.cohort.environment import AGE_RANGE, SitePlan
+from sparsekit.fed.cohort.environment import SitePlan
 from sparsekit.fed.cohort.make import volumes
 
 # Second entry of each seed sequence, so that no two purposes share a stream.
-_PERSON_STREAM, _SHAPE_STREAM, _SCAN_STREAM, _SITE_STREAM = 1, 2, 3, 4
+_PERSON_STREAM, _SHAPE_STREAM, _SCAN_STREAM, _SITE_STREAM, _SITE_VOLUME_STREAM = 1, 2, 3, 4, 5
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,21 @@ def draw_person(
         site += 1
     rng = np.random.default_rng([seed, _PERSON_STREAM, index])
     plan = plans[site]
-    low, high = (ndtr((limit - plan.age_mean) / plan.age_sd) for limit in AGE_RANGE)
+    low, high = (ndtr((limit - plan.age_mean) / plan.age_sd) for limit in plan.age_range)
     age = plan.age_mean + plan.age_sd * float(ndtri(low + (high - low) * rng.random()))
-    age = round(min(max(age, AGE_RANGE[0]), AGE_RANGE[1]), 2)
+    age = round(min(max(age, plan.age_range[0]), plan.age_range[1]), 2)
     male = bool(rng.random() < 0.5)
     log_icv = volumes.draw_log_icv(rng, male=male)
     fractions = volumes.draw_log_fractions(rng, age, male=male, residual_scale=residual_scale)
+    fractions += residual_scale * _site_terms(plan, seed, site)
     return Person(index, site, age, male, log_icv, fractions)
+
+
+def _site_terms(plan: SitePlan, seed: int, site: int) -> NDArray[np.float64]:
+    """What the site adds to the log fractions at a residual scale of 1."""
+    if plan.ixi_site is not None:
+        return volumes.IXI_SITE_TERMS[plan.ixi_site]
+    return volumes.draw_site_terms(np.random.default_rng([seed, _SITE_VOLUME_STREAM, site]))
 
 
 def shape_rng(seed: int, index: int) -> np.random.Generator:

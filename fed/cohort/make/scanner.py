@@ -8,6 +8,7 @@ from scipy.ndimage import correlate1d
 
 from sparsekit.fed.cohort.make.anatomy import Anatomy
 from sparsekit.fed.cohort.make.deform import lattice
+from sparsekit.fed.cohort.make.fields import floats
 from sparsekit.fed.cohort.make.people import Person
 from sparsekit.fed.cohort.make.template import Template
 
@@ -40,6 +41,8 @@ class Site:
         Stored value of white matter.
     margin_mm : float
         How far outside the brain's surface the skull strip cuts.
+    coil_sd, coil_seed : float, int
+        Relative spread and seed of the shading that all scans of the site share.
     """
 
     gm_signal: float
@@ -50,6 +53,8 @@ class Site:
     gamma: float
     gain: float
     margin_mm: float
+    coil_sd: float = 0.0
+    coil_seed: int = 0
 
 
 def draw_site(rng: np.random.Generator) -> Site:
@@ -63,6 +68,8 @@ def draw_site(rng: np.random.Generator) -> Site:
         gamma=float(rng.uniform(0.95, 1.05)),
         gain=float(rng.uniform(350.0, 1200.0)),
         margin_mm=float(rng.choice((0.0, 2.0))),
+        coil_sd=float(rng.uniform(0.02, 0.06)),
+        coil_seed=int(rng.integers(2**32)),
     )
 
 
@@ -99,9 +106,11 @@ def scan(
     """
     person_contrast, person_gm, person_csf, person_gamma = rng.standard_normal(4)
     blur_mm = float(rng.uniform(0.0, 2.8))
-    contrast = 1 - _CONTRAST_LOSS_PER_YEAR * (person.age - _CONTRAST_AGE)
-    contrast += _CONTRAST_SD * person_contrast
-    gm_signal = 1 - (1 - site.gm_signal) * contrast + 0.015 * person_gm
+    # The cortex loses contrast where it loses tissue; cerebellum and nuclei as it does on average.
+    aged = np.float32(_CONTRAST_LOSS_PER_YEAR * (person.age - _CONTRAST_AGE))
+    cortical = anatomy.cortex_gm > 0
+    contrast = 1 + _CONTRAST_SD * person_contrast - aged * np.where(cortical, anatomy.loss, 1)
+    gm_signal = floats(1 - (1 - site.gm_signal) * contrast + 0.015 * person_gm)
     csf_signal = site.csf_signal + 0.03 * person_csf
     gamma = site.gamma * np.exp(0.08 * person_gamma)
 
@@ -109,8 +118,8 @@ def scan(
     wm = anatomy.cerebral_wm + anatomy.other_wm
     head = template.brain_fraction(anatomy.edge_mm - np.float32(site.margin_mm))
     signal = np.float32(csf_signal) * np.maximum(head - gm - wm, 0)
-    signal += np.float32(gm_signal) * gm + wm
-    signal -= np.float32(_LESION_DEPTH * (1 - gm_signal)) * anatomy.lesions
+    signal += gm_signal * gm + wm
+    signal -= np.float32(_LESION_DEPTH) * (1 - gm_signal) * anatomy.lesions
     signal += anatomy.texture
     np.maximum(signal, 0, out=signal)
     signal **= np.float32(gamma)
@@ -124,7 +133,9 @@ def scan(
     taps = [variance / 2, 1 - variance, variance / 2]
     for axis in range(3):
         box = correlate1d(box, taps, axis=axis, mode="constant")
-    shading = lattice(template.resolution, _SHADING_MM).draw(rng, 1, sd=site.shading_sd)
+    splines = lattice(template.resolution, _SHADING_MM)
+    shading = splines.draw(rng, 1, sd=site.shading_sd)
+    shading += splines.draw(np.random.default_rng(site.coil_seed), 1, sd=site.coil_sd)
     signal = box.reshape(-1)[voxels] * np.exp(shading.reshape(-1)[voxels])
     if noise:
         real, imaginary = rng.standard_normal((2, len(voxels)), dtype=np.float32) * np.float32(

@@ -38,9 +38,11 @@ MAPS = (
     "texture",
     "ventricle_mm",
     "sulci",
+    "loss",
 )
 """Channels of `Template.maps`: tissue fractions; signed distance to the brain's surface (outside
-positive) and to the lateral ventricles; T1 beyond what tissue explains; room in sulci, weighted."""
+positive) and to the lateral ventricles; T1 beyond what tissue explains; room in sulci, weighted;
+the weight, which says how much of the cortex's change with age falls where."""
 
 DEEP = ("lateral_ventricles", "third_ventricle", "hippocampus", "thalamus", "putamen")
 """Channels of `Template.deep`: outlines of the structures that are resized by displacement."""
@@ -73,7 +75,7 @@ class Template:
         The whole grid.
     box : tuple of slice
         Part of the grid in which heads are drawn.
-    maps : ndarray, (x, y, z, 9)
+    maps : ndarray, (x, y, z, 10)
         See `MAPS`.
     map_sums : tuple of float
         Sum of each channel of ``maps``, in voxels.
@@ -146,7 +148,8 @@ def load_template(resolution: int) -> Template:
     cortex = gm * (1 - below) * (1 - nuclei)
     cerebellar = gm * behind * below
     outer_csf = csf * (ventricle_mm > 4) * (1 - deep[1])
-    sulci = gaussian_filter(outer_csf, 3.0 / _STORED_MM) * _regional_weight(grid, cortex)
+    loss = _regional_weight(grid, cortex)
+    sulci = gaussian_filter(outer_csf, 3.0 / _STORED_MM) * loss
     maps = [
         cortex,
         cerebellar,
@@ -157,6 +160,7 @@ def load_template(resolution: int) -> Template:
         _texture(t1, csf, gm, wm),
         ventricle_mm,
         sulci / float((sulci * cortex).sum() / cortex.sum()),
+        floats(np.broadcast_to(loss, cortex.shape)),
     ]
     away = _away_from_ventricles(ventricle_mm, edge_mm)
     near = _distance(np.sum(deep, axis=0) < 0.1) < 11.0

@@ -3,9 +3,8 @@
 Fit: ``log(V / ICV) = b0 + d1 a + d2 a^2 + m male + site + e`` with ``a = (age - 60) / 10`` over
 the 518 people of the IXI data set (age 20-86, CC BY-SA 3.0) whose FreeSurfer volumes and
 demographics the public repository dfsp-spirit/brainnet carries. Only the fitted numbers below
-are used here; NOTICE has the attribution. The fit's site terms are left out: they are the
-measuring scanner's, and the scanners of a synthetic cohort are drawn in
-`sparsekit.fed.cohort.make.scanner`.
+are used here; NOTICE has the attribution. The fit's site terms say how far apart three sites
+measure the same kind of people; a synthetic site draws its own from their spread.
 """
 
 import numpy as np
@@ -41,6 +40,11 @@ _FIT: NDArray[np.float64] = np.array(
         (0.00092, +0.348, +0.0570, +0.097, 0.447),
     ]
 )
+# How far HH and IOP lie from Guy's, in the same order; two of the three sites of IXI.
+_HH = (-0.100, -0.038, -0.030, -0.014, 0.028, 0.019, -0.011, -0.023, 0.140)
+_IOP = (0.009, 0.123, -0.019, 0.016, 0.118, 0.049, 0.003, 0.056, 0.627)
+IXI_SITE_TERMS: NDArray[np.float64] = np.array(((0.0,) * len(STRUCTURES), _HH, _IOP))
+"""Log fractions of the sites Guy's, HH and IOP over Guy's; shape (3, 9), float64."""
 _RESIDUAL_CORRELATIONS = (
     (0.52, -0.23, -0.23, -0.31, -0.31, -0.21, -0.17, 0.21),
     (-0.03, -0.22, -0.11, -0.19, -0.09, 0.02, 0.09),
@@ -115,6 +119,27 @@ def draw_log_fractions(
         expected_log_fractions(age, male=float(male)) + residual_scale * residual
     )
     return logs
+
+
+def draw_site_terms(rng: np.random.Generator) -> NDArray[np.float64]:
+    """Draw one site's log fractions over those of the average site.
+
+    Their covariance between sites is that of the three sites of IXI.
+
+    Parameters
+    ----------
+    rng : Generator
+        Three standard normals are taken from it.
+
+    Returns
+    -------
+    ndarray, (9,), float64
+        Natural logarithms, in the order of `STRUCTURES`, at a residual scale of 1.
+    """
+    apart = IXI_SITE_TERMS - IXI_SITE_TERMS.mean(axis=0)
+    weights = rng.standard_normal(len(apart)) / np.sqrt(len(apart) - 1)
+    terms: NDArray[np.float64] = (weights[:, None] * apart).sum(axis=0)
+    return terms
 
 
 def draw_log_icv(rng: np.random.Generator, *, male: bool) -> float:

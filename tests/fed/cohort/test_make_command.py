@@ -27,7 +27,7 @@ def test_make_writes_a_cohort_and_then_keeps_it(
         "environment": "uniform-noniid",
         "seed": 5,
         "residual_scale": 1.0,
-        "recipe": 1,
+        "recipe": 2,
     }
     first = capsys.readouterr()
     assert first.out == ""
