@@ -1,15 +1,20 @@
 """`sparsekit cohort make`."""
 
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sparsekit.cli.consoles import notice_console
 from sparsekit.fed.cohort.environment import ENVIRONMENTS
 from sparsekit.fed.cohort.make import CohortSettings, make_cohort
 from sparsekit.fed.cohort.make.cohort import is_finished
+from sparsekit.fed.cohort.make.unfinished import kept_scans
 
 
 def make(
@@ -24,7 +29,9 @@ def make(
     residual_scale: Annotated[
         float, typer.Option(help="Spread between people of one age; 1 is that of real people.")
     ] = 0.5,
-    workers: Annotated[int, typer.Option(help="Processes that render.")] = 1,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that render; by default one per core.")
+    ] = None,
 ) -> None:
     """Make a SYNTHETIC cohort of skull-stripped T1 scans as a BIDS derivative.
 
@@ -36,17 +43,11 @@ def make(
     if is_finished(out, settings):
         console.print(f"{out} already holds exactly this cohort; kept as it is", markup=False)
         return
+    kept = kept_scans(out)
+    if kept:
+        console.print(f"{out}: going on with the {kept} scans that are there", markup=False)
     try:
-        with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        ) as bar:
-            task = bar.add_task("making scans", total=subjects)
+        with _shown(console, subjects) as progress:
             make_cohort(
                 out,
                 subjects=subjects,
@@ -55,11 +56,45 @@ def make(
                 environment=environment,
                 seed=seed,
                 residual_scale=residual_scale,
-                workers=workers,
-                progress=lambda done, _: bar.update(task, completed=done),
+                workers=len(os.sched_getaffinity(0)) if workers is None else workers,
+                progress=progress,
             )
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted: nothing was kept of {out}") from None
+        raise KeyboardInterrupt(
+            f"interrupted: {kept_scans(out)} scans are kept; the same command goes on with them"
+        ) from None
     console.print(
         f"{out}: {subjects} synthetic scans at {resolution} mm, {sites} sites", markup=False
     )
+
+
+@contextmanager
+def _shown(console: Console, subjects: int) -> Iterator[Callable[[int, int], None]]:
+    """Show progress as a bar on a terminal, elsewhere as a line for each tenth."""
+    if not console.is_terminal:
+        yield _Tenths(console)
+        return
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    ) as bar:
+        task = bar.add_task("making scans", total=subjects)
+        yield lambda done, _: bar.update(task, completed=done)
+
+
+class _Tenths:
+    """Prints how many scans are made whenever another tenth is full, but for the last."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._shown = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        tenths = 10 * done // total
+        if self._shown < tenths < 10:
+            self._console.print(f"{done} of {total} scans", markup=False)
+        self._shown = tenths

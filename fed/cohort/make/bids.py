@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,19 @@ def write_scan(path: Path, image: NDArray[np.int16], resolution: int) -> None:
     nifti.header.set_xyzt_units("mm", "sec")
     nifti.header["descrip"] = b"SYNTHETIC, sparsekit"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(nifti.to_bytes(), compresslevel=_GZIP_LEVEL, mtime=0))
+    # Half a file never has the scan's name, whenever the process is killed.
+    unnamed = path.with_name(f"{path.name}.part")
+    unnamed.write_bytes(gzip.compress(nifti.to_bytes(), compresslevel=_GZIP_LEVEL, mtime=0))
+    unnamed.replace(path)
+
+
+def is_whole_scan(path: Path) -> bool:
+    """Read a compressed file to its end and tell whether its checksum holds."""
+    try:
+        gzip.decompress(path.read_bytes())
+    except (OSError, EOFError, zlib.error):
+        return False
+    return True
 
 
 def write_tables(
@@ -110,7 +123,7 @@ def write_tables(
             "site": {"Description": "Site of the federation, with a scanner of its own"},
         },
     )
-    (root / "phenotype").mkdir()
+    (root / "phenotype").mkdir(exist_ok=True)
     _write_table(
         root / "phenotype" / "volumes.tsv",
         ("participant_id", "intracranial", *STRUCTURES),

@@ -1,16 +1,13 @@
-"""Make a whole cohort: draw the people, render them with several workers, keep all or nothing."""
+"""Make a whole cohort: draw the people, render them with several workers, go on where one ended."""
 
-import errno
 import os
-import secrets
-import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 
 from sparsekit.errors import CohortError, UsageError
@@ -20,6 +17,7 @@ from sparsekit.fed.cohort.make.bids import read_settings, scan_path, write_scan,
 from sparsekit.fed.cohort.make.people import draw_person, scan_rng, shape_rng, site_rng
 from sparsekit.fed.cohort.make.scanner import draw_site, scan
 from sparsekit.fed.cohort.make.template import GRIDS, load_template
+from sparsekit.fed.cohort.make.unfinished import difference, growing_folder, is_kept
 
 Progress = Callable[[int, int], None]
 """Called with the number of scans written and the number in all."""
@@ -94,7 +92,9 @@ def make_cohort(
 
     Participant i depends on the seed, i and the settings only: any number of workers writes the
     same bytes, and the same seed gives the same anatomy at both resolutions. The folder appears
-    under its name when it is complete. A finished cohort of the same settings is kept as it is.
+    under its name when it is complete. A finished cohort of the same settings is kept as it is;
+    an unfinished one, whatever ended its making, is gone on with from a hidden folder beside
+    ``out``.
 
     Parameters
     ----------
@@ -116,7 +116,7 @@ def make_cohort(
         Processes that render. With more than one, call this from a script's
         ``if __name__ == "__main__":`` part, because the workers import the script.
     progress : callable, optional
-        Called as ``progress(done, total)`` in this process.
+        Called as ``progress(done, total)`` in this process; scans that were there count.
 
     Returns
     -------
@@ -126,9 +126,10 @@ def make_cohort(
     Raises
     ------
     UsageError
-        If a setting cannot be met, or ``out`` holds something else.
+        If a setting cannot be met, ``out`` or the unfinished folder beside it holds something
+        else, or another process is making the same cohort.
     CohortError
-        If the disk is full or a worker died; nothing is left under ``out``.
+        If the disk is full or a worker died; the scans made so far are kept for the next call.
 
     Examples
     --------
@@ -148,7 +149,7 @@ def make_cohort(
         draw_person(plans, index, seed=seed, residual_scale=residual_scale)
         for index in range(subjects)
     ]
-    with _all_or_nothing(root) as partial:
+    with growing_folder(root, asdict(settings)) as partial:
         write_tables(partial, people, plans, asdict(settings))
         done = 0
         for count in _render_all(settings, plans, partial, workers):
@@ -191,13 +192,8 @@ def is_finished(root: Path, settings: CohortSettings) -> bool:
         )
     wanted = asdict(settings)
     if found != wanted:
-        differing = ", ".join(
-            f"{name} {found.get(name)!r} there, {value!r} asked"
-            for name, value in wanted.items()
-            if found.get(name) != value
-        )
         raise UsageError(
-            f"{root}: holds another cohort ({differing or 'unknown settings'}); "
+            f"{root}: holds another cohort ({difference(found, wanted)}); "
             "name another folder or remove it"
         )
     for index in range(settings.subjects):
@@ -205,28 +201,6 @@ def is_finished(root: Path, settings: CohortSettings) -> bool:
         if not (root / path).is_file():
             raise UsageError(f"{root}: lacks {path}; remove the folder and make the cohort again")
     return True
-
-
-@contextmanager
-def _all_or_nothing(root: Path) -> Iterator[Path]:
-    """Give a folder beside the final one and rename it at the end, or remove it."""
-    final = root.absolute()
-    partial = final.parent / f".{final.name}.{secrets.token_hex(4)}.partial"
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(final)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CohortError(
-                f"{root}: the disk is full, nothing was kept; free some space (a scan takes about "
-                "0.1 MB at 4 mm and 0.6 MB at 2 mm) or name a folder on another disk"
-            ) from error
-        raise
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _render_all(
@@ -258,8 +232,17 @@ def _render_all(
 
 
 def _start_worker() -> None:
-    # Ctrl-C goes to the parent, which ends the pool and removes what was written.
+    # Ctrl-C goes to the parent, which ends the pool.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this worker when its parent was killed; it would wait for work for ever."""
+    parent = parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _render_task(
@@ -271,10 +254,13 @@ def _render_task(
 
 
 def _render(settings: CohortSettings, plans: Sequence[SitePlan], root: Path, index: int) -> None:
+    path = root / scan_path(f"sub-{index + 1:05d}", settings.resolution)
+    if is_kept(path):
+        return
     seed = settings.seed
     template = load_template(settings.resolution)
     person = draw_person(plans, index, seed=seed, residual_scale=settings.residual_scale)
     anatomy = build_anatomy(template, person, shape_rng(seed, index))
     site = draw_site(site_rng(seed, person.site))
     image = scan(template, anatomy, person, site, scan_rng(seed, index))
-    write_scan(root / scan_path(person.label, settings.resolution), image, settings.resolution)
+    write_scan(path, image, settings.resolution)

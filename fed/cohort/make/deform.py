@@ -17,7 +17,7 @@ from sparsekit.fed.cohort.make.fields import Floats, SplineLattice, floats, near
 from sparsekit.fed.cohort.make.template import BLOBS, DEEP, ORIGIN_MM, Blob, Template, load_template
 
 # Lattice spacing and standard deviation, in mm, of the three random warps.
-_WARPS_MM = ((48.0, 2.0), (20.0, 1.3), (12.0, 0.6))
+_WARPS_MM = ((48.0, 2.5), (20.0, 1.8), (12.0, 0.8))
 _ASPECT_SD = 0.02
 _ROTATION_SD_DEG = 2.5
 _SHIFT_SD_MM = 2.5

@@ -3,8 +3,8 @@
 The template's tissue maps are averages of 152 people: around the cortex they say how likely fluid,
 grey and white matter are, not where they are. A person gets a random field whose zeros are sheets
 that run from the surface inwards, a gyrus apart: sulci. Near a sheet fluid becomes likelier, far
-from it white matter, and grey matter lies in between. Where the template is certain nothing changes:
-large sulci, which everybody has in about the same place, stay.
+from it white matter, and grey matter lies in between. Where the template is certain nothing
+changes: large sulci, which everybody has in about the same place, stay.
 """
 
 from dataclasses import dataclass

@@ -7,6 +7,8 @@ are used here; NOTICE has the attribution. The fit's site terms say how far apar
 measure the same kind of people; a synthetic site draws its own from their spread.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -60,16 +62,16 @@ REFERENCE_LOG_ICV = (_LOG_ICV_MALE + _LOG_ICV_FEMALE) / 2
 """Log of the mean intracranial volume in mm3; a head of this size is as large as the template."""
 
 
-def _residual_factor() -> NDArray[np.float64]:
+def _correlations() -> NDArray[np.float64]:
     correlation: NDArray[np.float64] = np.eye(len(STRUCTURES))
     for row, values in enumerate(_RESIDUAL_CORRELATIONS):
         correlation[row, row + 1 :] = values
         correlation[row + 1 :, row] = values
-    factor: NDArray[np.float64] = np.linalg.cholesky(correlation) * _FIT[:, 4:5]
-    return factor
+    return correlation
 
 
-_RESIDUAL_FACTOR = _residual_factor()
+# The loadings on nine independent normals that give the residuals' spread and correlations.
+_RESIDUAL_FACTOR: NDArray[np.float64] = np.linalg.cholesky(_correlations()) * _FIT[:, 4:5]
 
 
 def expected_log_fractions(age: float, *, male: float) -> NDArray[np.float64]:
@@ -119,6 +121,30 @@ def draw_log_fractions(
         expected_log_fractions(age, male=float(male)) + residual_scale * residual
     )
     return logs
+
+
+@dataclass(frozen=True)
+class FittedTerms:
+    """The table as fitted, to compare other people with.
+
+    Attributes
+    ----------
+    coefficients : ndarray, (9, 6), float64
+        Log fraction at 60, per decade, per decade squared, male, HH over Guy's, IOP over Guy's.
+    residual_sd : ndarray, (9,), float64
+    correlations : ndarray, (9, 9), float64
+        Of the residuals.
+    """
+
+    coefficients: NDArray[np.float64]
+    residual_sd: NDArray[np.float64]
+    correlations: NDArray[np.float64]
+
+
+def fitted_terms() -> FittedTerms:
+    """Copy out the fit to IXI, structures in the order of `STRUCTURES`."""
+    terms = [np.log(_FIT[:, 0]), *_FIT[:, 1:4].T, *IXI_SITE_TERMS[1:]]
+    return FittedTerms(np.stack(terms, axis=1), _FIT[:, 4].copy(), _correlations())
 
 
 def draw_site_terms(rng: np.random.Generator) -> NDArray[np.float64]:

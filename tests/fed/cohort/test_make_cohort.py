@@ -1,4 +1,3 @@
-import errno
 import gzip
 import json
 import statistics
@@ -9,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from sparsekit.errors import CohortError, UsageError
+from sparsekit.errors import UsageError
 from sparsekit.fed.cohort.make import cohort as cohort_module
 from sparsekit.fed.cohort.make import make_cohort
 from sparsekit.fed.cohort.make.people import draw_person
@@ -231,37 +230,4 @@ def test_bad_settings_are_refused_before_anything_is_written(
 ) -> None:
     with pytest.raises(UsageError, match=text):
         make_cohort(tmp_path / "cohort", **{**SMALL, **change})
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("failure", "seen", "text"),
-    [
-        pytest.param(
-            OSError(errno.ENOSPC, "No space left"), CohortError, "disk is full", id="disk full"
-        ),
-        pytest.param(
-            OSError(errno.EACCES, "Permission denied"), OSError, "Permission", id="denied"
-        ),
-        pytest.param(KeyboardInterrupt("stop"), KeyboardInterrupt, "stop", id="Ctrl-C"),
-    ],
-)
-def test_a_failure_half_way_leaves_nothing_behind(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    failure: BaseException,
-    seen: type[BaseException],
-    text: str,
-) -> None:
-    written = []
-
-    def write(path: Path, *_: object) -> None:
-        written.append(path)
-        if len(written) == 3:
-            raise failure
-
-    monkeypatch.setattr(cohort_module, "write_scan", write)
-    with pytest.raises(seen, match=text):
-        make_cohort(tmp_path / "cohort", **SMALL)
-    assert len(written) == 3
     assert list(tmp_path.iterdir()) == []

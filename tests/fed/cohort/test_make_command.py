@@ -1,8 +1,10 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sparsekit.cli import cohort_make as command
 from sparsekit.cli import main
 from sparsekit.fed.cohort.make import cohort as cohort_module
 
@@ -38,16 +40,43 @@ def test_make_writes_a_cohort_and_then_keeps_it(
     assert "seed 5 there, 6 asked" in capsys.readouterr().err
 
 
-def test_ctrl_c_says_that_nothing_was_kept(
+def test_ctrl_c_says_what_is_kept_and_the_next_call_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+    options = (str(tmp_path / "cohort"), "--subjects", "4", "--sites", "1", "--workers", "1")
+    write = cohort_module.write_scan
 
-    monkeypatch.setattr(cohort_module, "write_scan", interrupt)
-    assert run(str(tmp_path / "cohort"), "--subjects", "4", "--sites", "1") == 130
-    assert "interrupted: nothing was kept" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    def interrupt(path: Path, *rest: Any) -> None:
+        if path.name.startswith("sub-00003"):
+            raise KeyboardInterrupt
+        write(path, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cohort_module, "write_scan", interrupt)
+        assert run(*options) == 130
+    assert "interrupted: 2 scans are kept; the same command" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [".cohort.partial"]
+    assert run(*options) == 0
+    assert "going on with the 2 scans that are there" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["cohort"]
+
+
+def test_a_pipe_gets_a_line_for_each_tenth(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cohort_module, "write_scan", lambda *_: None)
+    assert run(str(tmp_path / "c"), "--subjects", "20", "--sites", "1", "--workers", "1") == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if " of 20 scans" in line]
+    assert lines == [f"{done} of 20 scans" for done in range(2, 20, 2)]
+
+
+def test_all_cores_work_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(command, "make_cohort", lambda *_, workers, **__: asked.append(workers))
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 5})
+    assert run(str(tmp_path / "c"), "--subjects", "8", "--sites", "1") == 0
+    assert run(str(tmp_path / "c"), "--subjects", "8", "--sites", "1", "--workers", "2") == 0
+    assert asked == [3, 2]
 
 
 @pytest.mark.parametrize(
