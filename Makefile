@@ -21,7 +21,9 @@ BENCH_FILES ?= ceilings topk block process conv step
 
 BANDWIDTH := build/bandwidth
 
-.PHONY: help install demo demo-seeds values trace fit-selector bench-cpu bench-codec soak fuzz bandwidth check-kernels check-kernels-full test test-engines check format clean
+COHORT_STUDY := build/cohort-study
+
+.PHONY: help install demo demo-seeds cohort-study values trace fit-selector bench-cpu bench-codec soak fuzz bandwidth check-kernels check-kernels-full test test-engines check format clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -49,6 +51,12 @@ demo-seeds: $(STAMP) ## the demo on three seeds (about 15 minutes); writes docs/
 	$(call demo_runs,build/demo-seeds/2,2)
 	$(BIN)/python tools/demo_table.py collect build/demo-seeds/0 build/demo-seeds/1 build/demo-seeds/2
 	$(BIN)/python tools/demo_table.py write
+
+# Goes on where it was stopped; `rm -r build/cohort-study` starts anew.
+cohort-study: $(STAMP) ## networks beside simple regressors on the synthetic cohort (about 4 core-hours, can be stopped); writes docs/results/cohort.*
+	$(BIN)/python -m tools.cohort_study run $(COHORT_STUDY) --workers 2
+	$(BIN)/python -m tools.cohort_study collect $(COHORT_STUDY)
+	$(BIN)/python -m tools.cohort_study write
 
 values: $(STAMP) ## a run for each --values on the demo's cohort (about 6 minutes); writes docs/results/values.*
 	rm -rf build/values

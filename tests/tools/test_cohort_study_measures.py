@@ -51,9 +51,7 @@ def tilted(template: Template) -> Deformation:
         [[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]]
     )
     _, anatomy = rendered(template, person(0))
-    return replace(
-        anatomy.deformation, matrix=turn / 1.1, offset_mm=np.array([3.0, -4.0, 2.0])
-    )
+    return replace(anatomy.deformation, matrix=turn / 1.1, offset_mm=np.array([3.0, -4.0, 2.0]))
 
 
 def white_matter(template: Template, points: Floats | None = None) -> Floats:

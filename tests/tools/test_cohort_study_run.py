@@ -12,6 +12,7 @@ from sparsekit.errors import RunError
 from sparsekit.fed.cohort.make.cohort import make_cohort
 from sparsekit.fed.config import RunConfig
 from sparsekit.fed.prepare import prepare_sites
+from tools.cohort_study import simple
 from tools.cohort_study.network import Recipe, predict, train
 from tools.cohort_study.page import claims, collect, curve_claim, page
 from tools.cohort_study.people import load, render_chunk, split
@@ -33,7 +34,9 @@ TINY = Study(
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("study")
-    run(TINY, root, lambda _: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simple, "_TREES", simple._TREES[:1])
+        run(TINY, root, lambda _: None)
     return root
 
 
@@ -56,7 +59,7 @@ def test_every_predictor_is_fitted_to_every_draw(finished: Path) -> None:
                 assert np.isfinite(result["errors"]).all()
 
 
-def test_a_study_goes_on_with_what_is_missing(finished: Path, tmp_path: Path) -> None:
+def test_a_study_goes_on_with_what_is_missing(finished: Path) -> None:
     files = {path: path.stat().st_mtime_ns for path in finished.rglob("*.json")}
     gone = Job(Draw(1, 0.5), SMALL, 16).target(finished)
     before = json.loads(gone.read_text())
@@ -93,8 +96,9 @@ def test_a_folder_of_other_settings_is_refused(finished: Path) -> None:
         run(replace(TINY, held_out=16), finished, lambda _: None)
 
 
-def test_more_seeds_may_be_asked_for_later() -> None:
-    assert replace(TINY, seeds=(0, 1, 2)).fingerprint() == TINY.fingerprint()
+def test_more_seeds_and_sizes_may_be_asked_for_later() -> None:
+    assert replace(TINY, seeds=(0, 1, 2), curve=(8, 24)).fingerprint() == TINY.fingerprint()
+    assert replace(TINY, curve=(16, 32)).fingerprint() != TINY.fingerprint()
     assert replace(TINY, small=Recipe(updates=3)).fingerprint() != TINY.fingerprint()
 
 

@@ -10,9 +10,15 @@ import numpy as np
 
 from tools.cohort_study.paired import Interval, difference, mean_interval
 from tools.cohort_study.plan import FULL, SIMPLE, SMALL, Study, jobs
+from tools.cohort_study.running import check_folder
 
 FLOOR = "nine rendered volumes"
-HAND_MADE = ("eight image features", "boosted trees", "ridge, pose undone")
+HAND_MADE = (
+    "eight image features",
+    "boosted trees",
+    "ridge, pose undone",
+    "eight features, pose known",
+)
 PLAIN_BAR, HAND_MADE_BAR = 0.4, 0.25
 _PLAIN = ("nine measured volumes", "ridge on 8 mm voxels")
 
@@ -27,6 +33,8 @@ NOTES = {
     "eight image features": "two ventricle measures, brain, grey, white and fluid volume, two "
     "ratios of signals; quadratic, sex, true site",
     "boosted trees": "on the same eight, sex and true site",
+    "eight features, pose known": "the same features from tissue that was found with the template "
+    "laid over the scan by the true pose, after taking out the shading; quadratic, sex, true site",
     "nine rendered volumes": "not from the scan: what was truly rendered, without error; "
     "quadratic, sex, true site. A floor, not a rival",
     SMALL: "scan only",
@@ -35,7 +43,14 @@ NOTES = {
 
 
 def collect(study: Study, root: Path) -> dict[str, Any]:
-    """Return what the page needs of a study's folder, finished or not."""
+    """Return what the page needs of a study's folder, finished or not.
+
+    Raises
+    ------
+    RunError
+        The folder holds results of other settings or of another generator.
+    """
+    check_folder(study, root)
     found: dict[tuple[float, str, int], dict[int, dict[str, Any]]] = {}
     missing = []
     for job in jobs(study):

@@ -75,6 +75,7 @@ def render_chunk(
                 .astype(np.float16),
                 "ventricle_count": ventricle_volume(image, RESOLUTION),
                 "features": image_features(image, segment(image[template.box]), RESOLUTION),
+                "features_flat": image_features(image, flat, RESOLUTION),
                 "measured": nine_volumes(template, windows, pose, flat),
                 "rendered": np.log(achieved_fractions(template, anatomy)),
             }
@@ -103,7 +104,8 @@ class People:
         first ``n / sites`` of each site are the training people where only ``n`` are wanted.
     fields : dict of str to ndarray
         ``age`` (years), ``male``, ``site``, ``image``, ``blocks`` (8 mm), ``posed_blocks`` (after
-        the pose was undone), ``ventricle_count``, ``features``, ``measured``, ``rendered``.
+        the pose was undone), ``ventricle_count``, ``features``, ``features_flat`` (with the
+        template and without shading), ``measured``, ``rendered``.
     """
 
     train: npt.NDArray[np.int64]

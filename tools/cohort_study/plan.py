@@ -18,6 +18,7 @@ SIMPLE = (
     "ridge, pose undone",
     "eight image features",
     "boosted trees",
+    "eight features, pose known",
     "nine rendered volumes",
 )
 """All but the networks, fitted to all training people of a draw."""
@@ -45,7 +46,7 @@ class Study:
 
     seeds: tuple[int, ...] = (0, 1, 2)
     scales: tuple[float, ...] = (0.5, 1.0)
-    curve: tuple[int, ...] = (752, 1504, 3000, 6000)
+    curve: tuple[int, ...] = (1504, 3000, 6000)
     held_out: int = 1000
     sites: int = 8
     chunk: int = 500
@@ -58,11 +59,11 @@ class Study:
         return self.curve[-1]
 
     def fingerprint(self) -> str:
-        """Digest of all that a draw's and a fit's numbers depend on, but for seed and scale."""
-        settings = {
-            key: value for key, value in asdict(self).items() if key not in ("seeds", "scales")
-        }
-        text = json.dumps([RECIPE, settings], sort_keys=True)
+        """Digest of all that the numbers of a draw and a fit depend on, but for its job's."""
+        settings = asdict(self)
+        for asked_for in ("seeds", "scales", "curve"):
+            del settings[asked_for]
+        text = json.dumps([RECIPE, self.people, settings], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -119,13 +120,16 @@ def renderings(study: Study, draw: Draw) -> Iterator[Job]:
 
 def jobs(study: Study) -> Iterator[Job]:
     """All jobs, what matters most first; a draw's people come before what is fitted to them."""
-    draws = [Draw(seed, scale) for scale in study.scales for seed in study.seeds]
-    for draw in draws:
-        yield from renderings(study, draw)
-        for name in (*SIMPLE, SMALL):
-            yield Job(draw, name, study.people)
-        if draw.scale == study.scales[0]:
-            for people in study.curve[:-1]:
-                yield Job(draw, SMALL, people)
-    for draw in draws:
-        yield Job(draw, FULL, study.people)
+    first, *others = ([Draw(seed, scale) for seed in study.seeds] for scale in study.scales)
+    for draws in (first, *others):
+        for draw in draws:
+            yield from renderings(study, draw)
+            for name in (*SIMPLE, SMALL):
+                yield Job(draw, name, study.people)
+        if draws is first:
+            for people in reversed(study.curve[:-1]):
+                for draw in draws:
+                    yield Job(draw, SMALL, people)
+    for draws in (first, *others):
+        for draw in draws:
+            yield Job(draw, FULL, study.people)

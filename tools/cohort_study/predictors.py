@@ -72,6 +72,7 @@ SIMPLE_FITS: dict[str, tuple[tuple[str, ...], Fit]] = {
     "ridge, pose undone": (("posed_blocks",), _ridge("posed_blocks")),
     "eight image features": (("features",), _quadratic("features")),
     "boosted trees": (("features",), _boosted),
+    "eight features, pose known": (("features_flat",), _quadratic("features_flat")),
     "nine rendered volumes": (("rendered",), _quadratic("rendered")),
 }
 """Fields that a predictor needs, and how it is fitted."""

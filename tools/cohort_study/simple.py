@@ -3,6 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 from sklearn.ensemble import HistGradientBoostingRegressor
+from threadpoolctl import threadpool_limits
 
 Doubles = npt.NDArray[np.float64]
 
@@ -126,6 +127,8 @@ def ridge(
     return mean + fit(best)[2], f"penalty {best:.3g}"
 
 
+# A study's processes have a core each; threads that wait for one another would share it.
+@threadpool_limits.wrap(limits=1)
 def boosted_trees(x: Doubles, y: Doubles, x_test: Doubles) -> tuple[Doubles, str]:
     """Gradient-boosted trees; rate, leaves and penalty with the least error in 5 folds.
 
