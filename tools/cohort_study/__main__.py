@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv[1:])
     if options.workers > 1:
         check_folder(Study(), options.folder)
-        return run_with_workers(options.folder, options.workers, [])
+        return run_with_workers(options.folder, options.workers)
     run(Study(), options.folder, partial(print, flush=True))
     return 0
 

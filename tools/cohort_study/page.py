@@ -18,6 +18,7 @@ HAND_MADE = (
     "boosted trees",
     "ridge, pose undone",
     "eight features, pose known",
+    "nine volumes, site known",
 )
 PLAIN_BAR, HAND_MADE_BAR = 0.4, 0.25
 _PLAIN = ("nine measured volumes", "ridge on 8 mm voxels")
@@ -26,7 +27,7 @@ NOTES = {
     "mean predictor": "everybody has the mean age of the training people",
     "ventricle count": "dark voxels in a fixed box, linear and square term",
     "nine measured volumes": "in the scan: template windows laid over it by the true pose, tissue "
-    "after taking out the shading; quadratic, sex, true site",
+    "after taking out the shading; quadratic, sex",
     "ridge on 8 mm voxels": "",
     "ridge, pose undone": "the same after the scan was moved, turned and scaled back by the pose "
     "that the generator drew",
@@ -35,6 +36,7 @@ NOTES = {
     "boosted trees": "on the same eight, sex and true site",
     "eight features, pose known": "the same features from tissue that was found with the template "
     "laid over the scan by the true pose, after taking out the shading; quadratic, sex, true site",
+    "nine volumes, site known": "the nine measured ones; quadratic, sex, true site",
     "nine rendered volumes": "not from the scan: what was truly rendered, without error; "
     "quadratic, sex, true site. A floor, not a rival",
     SMALL: "scan only",

@@ -19,6 +19,7 @@ SIMPLE = (
     "eight image features",
     "boosted trees",
     "eight features, pose known",
+    "nine volumes, site known",
     "nine rendered volumes",
 )
 """All but the networks, fitted to all training people of a draw."""
@@ -121,15 +122,18 @@ def renderings(study: Study, draw: Draw) -> Iterator[Job]:
 def jobs(study: Study) -> Iterator[Job]:
     """All jobs, what matters most first; a draw's people come before what is fitted to them."""
     first, *others = ([Draw(seed, scale) for seed in study.seeds] for scale in study.scales)
+    *fewest, fewer = study.curve[:-1]
     for draws in (first, *others):
         for draw in draws:
             yield from renderings(study, draw)
-            for name in (*SIMPLE, SMALL):
+            for name in (SMALL, *SIMPLE):
                 yield Job(draw, name, study.people)
         if draws is first:
-            for people in reversed(study.curve[:-1]):
-                for draw in draws:
-                    yield Job(draw, SMALL, people)
+            for draw in draws:
+                yield Job(draw, SMALL, fewer)
+    for people in reversed(fewest):
+        for draw in first:
+            yield Job(draw, SMALL, people)
     for draws in (first, *others):
         for draw in draws:
             yield Job(draw, FULL, study.people)

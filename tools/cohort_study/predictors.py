@@ -41,9 +41,11 @@ def _ventricles(them: people.People) -> tuple[Doubles, str]:
     return simple.quadratic_fit(x, nobody[0], _ages(them), x_test, nobody[1])
 
 
-def _quadratic(field: str) -> Fit:
+def _quadratic(field: str, *, site: bool = True) -> Fit:
     def fit(them: people.People) -> tuple[Doubles, str]:
         (x, x_test), (groups, groups_test) = _columns(them, field), _site_and_sex(them)
+        if not site:
+            groups, groups_test = groups[:, -1:], groups_test[:, -1:]
         return simple.quadratic_fit(x, groups, _ages(them), x_test, groups_test)
 
     return fit
@@ -67,7 +69,8 @@ def _boosted(them: people.People) -> tuple[Doubles, str]:
 SIMPLE_FITS: dict[str, tuple[tuple[str, ...], Fit]] = {
     "mean predictor": ((), _mean),
     "ventricle count": (("ventricle_count",), _ventricles),
-    "nine measured volumes": (("measured",), _quadratic("measured")),
+    "nine measured volumes": (("measured",), _quadratic("measured", site=False)),
+    "nine volumes, site known": (("measured",), _quadratic("measured")),
     "ridge on 8 mm voxels": (("blocks",), _ridge("blocks")),
     "ridge, pose undone": (("posed_blocks",), _ridge("posed_blocks")),
     "eight image features": (("features",), _quadratic("features")),

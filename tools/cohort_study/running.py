@@ -65,7 +65,7 @@ def check_folder(study: Study, root: Path) -> None:
         )
 
 
-def run_with_workers(root: Path, workers: int, arguments: list[str]) -> int:
+def run_with_workers(root: Path, workers: int) -> int:
     """Start processes of one thread each that share the study's jobs; return the worst exit code.
 
     Parameters
@@ -73,10 +73,8 @@ def run_with_workers(root: Path, workers: int, arguments: list[str]) -> int:
     root : Path
         The study's folder.
     workers : int
-    arguments : list of str
-        What each is called with besides ``run ROOT``.
     """
-    command = [sys.executable, "-m", "tools.cohort_study", "run", str(root), *arguments]
+    command = [sys.executable, "-m", "tools.cohort_study", "run", str(root)]
     others = [subprocess.Popen(command, env={**os.environ, **_ONE_THREAD}) for _ in range(workers)]
     try:
         return max(other.wait() for other in others)
