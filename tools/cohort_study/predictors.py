@@ -53,7 +53,7 @@ def _quadratic(field: str, *, site: bool = True) -> Fit:
 
 def _ridge(field: str) -> Fit:
     def fit(them: people.People) -> tuple[Doubles, str]:
-        values = them.fields[field].astype(np.float32)
+        values = np.asarray(them.fields[field], np.float32)
         return simple.ridge(values[them.train], _ages(them), values[them.test])
 
     return fit

@@ -11,6 +11,7 @@ PENALTIES = 10.0 ** np.arange(-4.0, 3.1, 0.25)
 """Of ridge regressions, in units of the mean eigenvalue of the Gram matrix."""
 
 _FOLDS = 5
+_MOST_TREES = 80  # over the learning rate
 _TREES: tuple[dict[str, float], ...] = tuple(
     {
         "learning_rate": rate,
@@ -26,7 +27,7 @@ _TREES: tuple[dict[str, float], ...] = tuple(
 
 def one_hot(labels: npt.NDArray[np.int64]) -> Doubles:
     """Columns of 0 and 1, one for each label that occurs but the smallest; (n, kinds - 1)."""
-    return (labels[:, None] == np.unique(labels)[1:]).astype(np.float64)
+    return np.asarray(labels[:, None] == np.unique(labels)[1:], np.float64)
 
 
 def polynomial_terms(x: Doubles) -> Doubles:
@@ -127,8 +128,6 @@ def ridge(
     return mean + fit(best)[2], f"penalty {best:.3g}"
 
 
-# A study's processes have a core each; threads that wait for one another would share it.
-@threadpool_limits.wrap(limits=1)
 def boosted_trees(x: Doubles, y: Doubles, x_test: Doubles) -> tuple[Doubles, str]:
     """Gradient-boosted trees; rate, leaves and penalty with the least error in 5 folds.
 
@@ -142,25 +141,30 @@ def boosted_trees(x: Doubles, y: Doubles, x_test: Doubles) -> tuple[Doubles, str
     tuple of ndarray, (m,), float64 and str
         Predictions, and what was chosen.
     """
-    folds = np.random.default_rng(0).permutation(len(y)) % _FOLDS
-    best: tuple[float, dict[str, float], int] | None = None
-    for settings in _TREES:
-        rounds = int(40 / settings["learning_rate"])
-        steps = np.unique(np.linspace(rounds / 12, rounds, 12).astype(int))
-        errors = np.zeros(len(steps))
-        for fold in range(_FOLDS):
-            held = folds == fold
-            trees = _trees(settings, rounds).fit(x[~held], y[~held])
-            for k, guess in enumerate(trees.staged_predict(x[held])):
-                at = np.flatnonzero(steps == k + 1)
-                errors[at] += np.abs(guess - y[held]).sum() / len(y)
-        k = int(np.argmin(errors))
-        if best is None or errors[k] < best[0]:
-            best = (float(errors[k]), settings, int(steps[k]))
-    assert best is not None
-    _, settings, rounds = best
+    # A study's processes have a core each: threads that wait for one another would share it.
+    with threadpool_limits(1):
+        best = min((_tried(settings, x, y) for settings in _TREES), key=lambda one: one[0])
+        _, settings, rounds = best
+        predicted = _trees(settings, rounds).fit(x, y).predict(x_test)
     chosen = ", ".join(f"{name} {value:g}" for name, value in settings.items())
-    return _trees(settings, rounds).fit(x, y).predict(x_test), f"{rounds} trees, {chosen}"
+    return np.asarray(predicted), f"{rounds} trees, {chosen}"
+
+
+def _tried(
+    settings: dict[str, float], x: Doubles, y: Doubles
+) -> tuple[float, dict[str, float], int]:
+    """Return the least error of some settings in the folds, themselves, and the number of trees."""
+    folds = np.random.default_rng(0).permutation(len(y)) % _FOLDS
+    rounds = int(_MOST_TREES / settings["learning_rate"])
+    steps = np.unique(np.linspace(rounds / 12, rounds, 12).astype(int))
+    errors = np.zeros(len(steps))
+    for fold in range(_FOLDS):
+        held = folds == fold
+        trees = _trees(settings, rounds).fit(x[~held], y[~held])
+        for done, guess in enumerate(trees.staged_predict(x[held]), start=1):
+            errors[steps == done] += np.abs(guess - y[held]).sum() / len(y)
+    best = int(np.argmin(errors))
+    return float(errors[best]), settings, int(steps[best])
 
 
 def _trees(settings: dict[str, float], rounds: int) -> HistGradientBoostingRegressor:
