@@ -36,6 +36,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(simple, "_TREES", simple._TREES[:1])
+        patch.setattr(simple, "_MOST_TREES", 2)
         run(TINY, root, lambda _: None)
     return root
 
