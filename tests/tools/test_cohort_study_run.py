@@ -167,7 +167,7 @@ def test_the_page_says_what_does_not_hold_and_what_was_not_run(finished: Path) -
     target.unlink()
     text = page(json.loads(json.dumps(collect(TINY, finished))))
     target.write_bytes(content)
-    assert "Not run: scale 1, seed 0: full CNN, 24 people." in text
+    assert "Not run: scale 1, 24 people, seed 0: full CNN. " in text
 
 
 def test_a_margin_holds_only_with_its_interval() -> None:

@@ -64,7 +64,7 @@ def collect(study: Study, root: Path) -> dict[str, Any]:
             place = found.setdefault((job.draw.scale, job.kind, job.number), {})
             place[job.draw.seed] = result
         else:
-            missing.append(str(job))
+            missing.append([job.draw.scale, job.kind, job.number, job.draw.seed])
     rows = []
     for (scale, kind, number), by_seed in found.items():
         errors = {seed: np.array(result["errors"]) for seed, result in by_seed.items()}
@@ -77,11 +77,7 @@ def collect(study: Study, root: Path) -> dict[str, Any]:
             "detail": {str(seed): result["detail"] for seed, result in by_seed.items()},
             "cpu_seconds": round(sum(result["cpu_seconds"] for result in by_seed.values())),
         }
-        for name, other in (
-            ("behind_small", (scale, SMALL, study.people)),
-            ("behind_full", (scale, FULL, study.people)),
-        ):
-            row[name] = _paired(found.get(other, {}), by_seed)
+        row["behind_small"] = _paired(found.get((scale, SMALL, study.people), {}), by_seed)
         rows.append(row)
     label = json.loads((root / "study.json").read_text(encoding="utf-8"))
     curve = [
@@ -138,11 +134,15 @@ def _mae(row: dict[str, Any] | None) -> str:
     return f"{row['interval']['mean']:.2f} ({', '.join(f'{mae:.2f}' for mae in seeds)})"
 
 
-def _difference(row: dict[str, Any] | None, name: str = "behind_small") -> str:
-    if row is None or row[name] is None:
+def _difference(row: dict[str, Any] | None, digits: int = 2) -> str:
+    if row is None or row["behind_small"] is None:
         return ""
-    gap = row[name]
-    return f"{gap['mean']:+.2f} [{gap['low']:+.2f}, {gap['high']:+.2f}]"
+    return _interval(row["behind_small"], digits)
+
+
+def _interval(gap: dict[str, float], digits: int = 2) -> str:
+    mean, low, high = (f"{gap[name]:+.{digits}f}" for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
 
 
 def ladder(results: dict[str, Any]) -> Iterator[str]:
@@ -165,7 +165,7 @@ def claims(results: dict[str, Any], scale: float) -> Iterator[tuple[str, str, bo
             gap = row and row["behind_small"]
             wanted = f"better than {kind} by at least {bar:g} years"
             holds = None if not gap else gap["mean"] >= bar and gap["low"] > 0
-            yield wanted, _difference(row) or "not run", holds
+            yield wanted, _difference(row, 3) or "not run", holds
 
 
 def curve_claim(results: dict[str, Any]) -> tuple[str, str, bool | None]:
@@ -175,8 +175,7 @@ def curve_claim(results: dict[str, Any]) -> tuple[str, str, bool | None]:
     gain = last["gain"]
     if gain is None:
         return wanted, "not run", None
-    text = f"{gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]"
-    return wanted, text, gain["low"] > 0
+    return wanted, _interval(gain, 3), gain["low"] > 0
 
 
 def page(results: dict[str, Any]) -> str:
@@ -212,8 +211,23 @@ def page(results: dict[str, Any]) -> str:
         *_reasons(results),
     ]
     if results["missing"]:
-        lines += ["", "Not run: " + "; ".join(results["missing"]) + "."]
+        lines += ["", f"Not run: {_missing(results)}. `make cohort-study` goes on with them."]
     return "\n".join([*lines, ""])
+
+
+def _missing(results: dict[str, Any]) -> str:
+    """Name what was not run: a predictor, or all of them, with its seeds."""
+    seeds: dict[tuple[float, str, int], list[int]] = {}
+    for scale, kind, people, seed in results["missing"]:
+        seeds.setdefault((scale, kind, people), []).append(seed)
+    groups: dict[tuple[float, int, tuple[int, ...]], list[str]] = {}
+    for (scale, kind, people), which in seeds.items():
+        groups.setdefault((scale, people, tuple(which)), []).append(kind)
+    return "; ".join(
+        f"scale {scale:g}, {people} people, seed {', '.join(map(str, which))}: "
+        + ("everything" if set(kinds) >= {*SIMPLE, SMALL} else ", ".join(kinds))
+        for (scale, people, which), kinds in groups.items()
+    )
 
 
 def _legend(results: dict[str, Any]) -> str:
@@ -229,7 +243,7 @@ def _legend(results: dict[str, Any]) -> str:
         f"Each seed is another cohort: {study['curve'][-1]} people to train on and "
         f"{study['held_out']} held out, {study['sites']} sites with a scanner each and all with "
         "the same ages, 45 to 82, voxels of 4 mm. All sites are pooled. Intervals: 95 % "
-        f"bootstrap over {len(study['seeds'])} seeds and the people of each, paired by person. "
+        "bootstrap over the seeds that were run and the people of each, paired by person. "
         "Scale: spread between people of one age and sex, over that of real people. "
         f"Networks: AdamW, one cycle, mirrored scans; {networks}; predictions are the mean over a "
         "scan and its mirror image. Penalties of linear fits have the least leave-one-out error, "
@@ -271,7 +285,7 @@ def _curve(results: dict[str, Any]) -> Iterator[str]:
     gains = {step["to"]: step["gain"] for step in results["curve"]}
     for row in sizes:
         gain = gains.get(row["people"])
-        text = f"{gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]" if gain else ""
+        text = _interval(gain) if gain else ""
         yield f"| {row['people']} | {_mae(row)} | {text} |"
     yield ""
     yield (
@@ -292,6 +306,7 @@ def _reasons(results: dict[str, Any]) -> Iterator[str]:
         "predictor with fixed places or fixed thresholds mixes them up with age; a network learns "
         "from examples what to disregard."
     )
+    yield ""
     usual, known = "eight image features", "eight features, pose known"
     for plain, helped, what in (
         ("ridge on 8 mm voxels", "ridge, pose undone", "Undoing the true pose"),
@@ -300,7 +315,6 @@ def _reasons(results: dict[str, Any]) -> Iterator[str]:
         rows = [_row(results, scale, kind) for kind in (plain, helped)]
         if rows[0] and rows[1]:
             change = rows[1]["interval"]["mean"] - rows[0]["interval"]["mean"]
-            yield ""
             yield f"- {what} changes {plain} by {change:+.2f} years at scale {scale:g}."
     yield ""
     yield (
