@@ -147,9 +147,7 @@ def deform(
     amplitudes = calibration.amplitudes_for(asked)
     source_mm = floats(points_mm - np.float32(amplitudes[0]) * away)
     source_mm[deep] = points_mm[deep] + _combine(bases, amplitudes)
-    return Deformation(
-        voxels, template.to_voxels(source_mm), brain_mm3, growth, matrix, offset_mm
-    )
+    return Deformation(voxels, template.to_voxels(source_mm), brain_mm3, growth, matrix, offset_mm)
 
 
 def _posed(
