@@ -10,7 +10,7 @@ export PYTHONNOUSERSITE := 1
 
 # $(call demo_runs,FOLDER,SEED)
 define demo_runs
-$(BIN)/sparsekit cohort make $(1)/cohort $(DEMO_COHORT) --seed $(2) --workers 2
+$(BIN)/sparsekit cohort make $(1)/cohort $(DEMO_COHORT) --seed $(2)
 $(BIN)/sparsekit fed run --cohort $(1)/cohort --out $(1)/fedavg --config examples/demo.toml --strategy fedavg --seed $(2) > $(1)/fedavg.txt
 $(BIN)/sparsekit fed run --cohort $(1)/cohort --out $(1)/fedsparsify --config examples/demo.toml --strategy fedsparsify-global --sparsity 0.95 --seed $(2) > $(1)/fedsparsify.txt
 endef
@@ -23,7 +23,7 @@ BANDWIDTH := build/bandwidth
 
 COHORT_STUDY := build/cohort-study
 
-.PHONY: help install demo demo-seeds cohort-study values trace fit-selector bench-cpu bench-codec soak fuzz bandwidth check-kernels check-kernels-full test test-engines check format clean
+.PHONY: help install demo demo-seeds cohort-study values trace fit-selector bench-cpu bench-codec soak fuzz bandwidth cohort-validation cohort-gallery check-kernels check-kernels-full test test-engines check format clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -61,7 +61,7 @@ cohort-study: $(STAMP) ## networks beside simple regressors on the synthetic coh
 values: $(STAMP) ## a run for each --values on the demo's cohort (about 6 minutes); writes docs/results/values.*
 	rm -rf build/values
 	mkdir -p build/values
-	$(BIN)/sparsekit cohort make build/values/cohort $(DEMO_COHORT) --workers 2
+	$(BIN)/sparsekit cohort make build/values/cohort $(DEMO_COHORT)
 	for values in lossless bf16 fp16 int8 int4; do \
 	  $(BIN)/sparsekit fed run --cohort build/values/cohort --out build/values/$$values --config examples/demo.toml --strategy fedsparsify-global --sparsity 0.95 --values $$values > build/values/$$values.txt || exit 1; \
 	done
@@ -115,7 +115,7 @@ bench-codec: $(STAMP) $(BENCH)/trained/result.json ## the codec beside others (a
 $(BENCH)/trained/result.json: bench/trained.toml | $(STAMP)
 	rm -rf $(BENCH)/cohort $(BENCH)/trained
 	mkdir -p $(BENCH)
-	$(BIN)/sparsekit cohort make $(BENCH)/cohort --subjects 32 --sites 4 --resolution 2 --workers 2
+	$(BIN)/sparsekit cohort make $(BENCH)/cohort --subjects 32 --sites 4 --resolution 2
 	$(BIN)/sparsekit fed run --cohort $(BENCH)/cohort --out $(BENCH)/trained --config bench/trained.toml
 
 # ttsem declares Python >= 3.12 and another Triton, and runs with these as well.
@@ -142,6 +142,16 @@ bandwidth: $(STAMP) ## rounds over 20 Mbit/s, dense against sparse (3 minutes, a
 	$(BIN)/python tools/measure_bandwidth.py $(BANDWIDTH)/measured.json --cohort $(BANDWIDTH)/cohort
 	$(BIN)/python tools/bandwidth_table.py collect $(BANDWIDTH)/measured.json
 	$(BIN)/python tools/bandwidth_table.py write
+
+# Parts that were measured are kept: remove build/cohort-validation after a change of the generator.
+cohort-validation: $(STAMP) ## synthetic heads against volumes of real people (about 8 minutes); writes docs/results/cohort-validation.*
+	$(BIN)/python tools/measure_volumes.py
+	$(BIN)/python tools/measure_validation.py build/cohort-validation
+	$(BIN)/python tools/validation_table.py collect build/cohort-validation
+	$(BIN)/python tools/validation_table.py write
+
+cohort-gallery: $(STAMP) ## slices of synthetic heads for docs/cohort-gallery.md; writes docs/images/cohort-*.png
+	$(BIN)/python tools/cohort_gallery.py
 
 test: $(STAMP) ## the whole test suite
 	$(BIN)/python -m pytest

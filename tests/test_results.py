@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
     [
         *("demo_table.py", "cpu_table.py", "values_table.py", "codec_table.py"),
         *("soak_table.py", "bandwidth_table.py", "kernels_table.py"),
+        "validation_table.py",
     ],
 )
 def test_tables_are_those_of_the_results_files(tool: str) -> None:

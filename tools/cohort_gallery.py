@@ -27,7 +27,7 @@ AXIAL_MM, CORONAL_MM, SAGITTAL_MM = 16.0, -20.0, 4.0
 EDGE_MM = 12.0
 BRIGHTEST_PERCENT = 99.7
 # Grey levels in the file: more could not be told apart and would take more room.
-GREYS, DPI = 24, 84
+GREYS, DPI = 24, 80
 
 Image = NDArray[np.int16]
 
@@ -106,7 +106,7 @@ def main() -> None:
         "one-head-ages",
         [(f"{age} years", head(aged(first, age)), 2) for age in (45, 54, 63, 72, 82)],
     )
-    young, old = sorted(people, key=lambda p: p.age)[:6], sorted(people, key=lambda p: p.age)[-6:]
+    young, old = sorted(people, key=lambda p: p.age)[:5], sorted(people, key=lambda p: p.age)[-5:]
     draw("young", [(titled(p), head(p), 2) for p in young], views=3)
     draw("old", [(titled(p), head(p), 2) for p in old], views=3)
     draw("one-head-sites", [(f"site {s + 1}", head(first, site=s), 2) for s in range(6)])

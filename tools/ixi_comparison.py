@@ -25,11 +25,12 @@ def design(who: Doubles) -> Doubles:
 
 def fit(x: Doubles, y: Doubles) -> tuple[Doubles, Doubles, Doubles]:
     """Coefficients (6, k), residual SDs (k,) and residual correlations (k, k)."""
-    coefficients = np.linalg.lstsq(x, y, rcond=None)[0]
+    coefficients: Doubles = np.linalg.lstsq(x, y, rcond=None)[0].astype(np.float64)
     left = y - x @ coefficients
     covariance = left.T @ left / (len(x) - x.shape[1])
-    spread = np.sqrt(np.diag(covariance))
-    return coefficients, spread, covariance / np.outer(spread, spread)
+    spread: Doubles = np.sqrt(np.diag(covariance)).astype(np.float64)
+    correlations: Doubles = (covariance / np.outer(spread, spread)).astype(np.float64)
+    return coefficients, spread, correlations
 
 
 def interval(values: Doubles) -> list[float]:

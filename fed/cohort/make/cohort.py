@@ -43,7 +43,8 @@ class CohortSettings:
     seed : int
         Non-negative.
     residual_scale : float
-        Spread between people of the same age and sex, over that of the IXI data set.
+        Spread between people of the same age and sex, and between sites, over that of the IXI
+        data set.
     recipe : int
         Version of the generator's recipe.
     """

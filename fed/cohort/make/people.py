@@ -94,7 +94,8 @@ def draw_person(
 def _site_terms(plan: SitePlan, seed: int, site: int) -> NDArray[np.float64]:
     """What the site adds to the log fractions at a residual scale of 1."""
     if plan.ixi_site is not None:
-        return volumes.IXI_SITE_TERMS[plan.ixi_site]
+        terms: NDArray[np.float64] = volumes.IXI_SITE_TERMS[plan.ixi_site]
+        return terms
     return volumes.draw_site_terms(np.random.default_rng([seed, _SITE_VOLUME_STREAM, site]))
 
 

@@ -7,6 +7,7 @@ import pytest
 from sparsekit.cli import cohort_make as command
 from sparsekit.cli import main
 from sparsekit.fed.cohort.make import cohort as cohort_module
+from sparsekit.fed.cohort.make.bids import write_scan
 
 
 def run(*arguments: str) -> int:
@@ -44,12 +45,11 @@ def test_ctrl_c_says_what_is_kept_and_the_next_call_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = (str(tmp_path / "cohort"), "--subjects", "4", "--sites", "1", "--workers", "1")
-    write = cohort_module.write_scan
 
     def interrupt(path: Path, *rest: Any) -> None:
         if path.name.startswith("sub-00003"):
             raise KeyboardInterrupt
-        write(path, *rest)
+        write_scan(path, *rest)
 
     with monkeypatch.context() as patched:
         patched.setattr(cohort_module, "write_scan", interrupt)

@@ -16,6 +16,7 @@ import pytest
 from sparsekit.errors import CohortError, UsageError
 from sparsekit.fed.cohort.make import cohort as cohort_module
 from sparsekit.fed.cohort.make import make_cohort
+from sparsekit.fed.cohort.make.bids import write_scan
 from sparsekit.fed.cohort.make.unfinished import kept_scans, partial_folder
 
 SMALL: dict[str, Any] = {"subjects": 10, "sites": 2, "seed": 3}
@@ -48,7 +49,7 @@ def alive(pid: int) -> bool:
 def fail_at(
     patched: pytest.MonkeyPatch, failure: BaseException, *, after: int
 ) -> Callable[..., None]:
-    write = cohort_module.write_scan
+    write = write_scan
     written: list[Path] = []
 
     def failing(path: Path, *rest: Any) -> None:
