@@ -22,8 +22,9 @@ BENCH_FILES ?= ceilings topk block process conv step
 BANDWIDTH := build/bandwidth
 PRIVACY := build/privacy
 PRIVACY_COHORT := --subjects 320 --sites 4 --resolution 4 --environment uniform-iid
+COHORT_STUDY := build/cohort-study
 
-.PHONY: help install demo demo-seeds paper paper-small privacy-study values trace fit-selector bench-cpu bench-codec soak fuzz bandwidth cohort-validation cohort-gallery check-kernels check-kernels-full test test-engines check format clean
+.PHONY: help install demo demo-seeds paper paper-small privacy-study values trace fit-selector bench-cpu bench-codec soak fuzz bandwidth cohort-study cohort-validation cohort-gallery check-kernels check-kernels-full test test-engines check format clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -51,6 +52,8 @@ demo-seeds: $(STAMP) ## the demo on three seeds (about 15 minutes); writes docs/
 	$(call demo_runs,build/demo-seeds/2,2)
 	$(BIN)/python tools/demo_table.py collect build/demo-seeds/0 build/demo-seeds/1 build/demo-seeds/2
 	$(BIN)/python tools/demo_table.py write
+
+COHORT_STUDY := build/cohort-study
 
 # Both go on where they were interrupted; `make clean` removes what they have.
 paper: $(STAMP) ## sparsity x strategy x environment on three seeds (hours); writes docs/results/paper.*

@@ -30,6 +30,17 @@ def test_tables_are_those_of_the_results_files(tool: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_page_of_the_cohort_study_is_that_of_its_results_file() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.cohort_study", "write", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("tool", ["formats_table.py", "which_table.py"])
 def test_tables_within_a_page_are_those_of_their_tool(tool: str) -> None:
     done = subprocess.run(

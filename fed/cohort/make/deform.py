@@ -53,12 +53,19 @@ class Deformation:
         Volume of the head's brain.
     growth : float
         ``brain_mm3`` over the template's.
+    matrix : ndarray, (3, 3), float64
+        Of the pose: rotation, head size and aspect.
+    offset_mm : ndarray, (3,), float64
+        Of the pose. Without warps and resized structures the template's point
+        ``matrix @ p + offset_mm`` would be seen at the head's point p.
     """
 
     voxels: NDArray[np.intp]
     source: Floats
     brain_mm3: float
     growth: float
+    matrix: NDArray[np.float64]
+    offset_mm: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ def deform(
     Deformation
         Of the voxels within a few mm of the brain.
     """
-    posed_mm, edge_mm = _posed(template, rng, log_head_size)
+    posed_mm, edge_mm, matrix, offset_mm = _posed(template, rng, log_head_size)
     voxels = np.flatnonzero(edge_mm.ravel() < _RIM_MM)
     points_mm = posed_mm.reshape(-1, 3)[voxels]
     brain_mm3 = float(
@@ -140,13 +147,13 @@ def deform(
     amplitudes = calibration.amplitudes_for(asked)
     source_mm = floats(points_mm - np.float32(amplitudes[0]) * away)
     source_mm[deep] = points_mm[deep] + _combine(bases, amplitudes)
-    return Deformation(voxels, template.to_voxels(source_mm), brain_mm3, growth)
+    return Deformation(voxels, template.to_voxels(source_mm), brain_mm3, growth, matrix, offset_mm)
 
 
 def _posed(
     template: Template, rng: np.random.Generator, log_head_size: float
-) -> tuple[Floats, Floats]:
-    """Template position in mm of every voxel of the box, and its distance to the surface."""
+) -> tuple[Floats, Floats, NDArray[np.float64], NDArray[np.float64]]:
+    """Template position in mm of every voxel of the box, its distance to the surface, the pose."""
     aspect = _ASPECT_SD * rng.standard_normal(3)
     aspect -= aspect.mean()
     angles = np.deg2rad(_ROTATION_SD_DEG) * rng.standard_normal(3)
@@ -159,8 +166,8 @@ def _posed(
         (axis[:, None] * matrix[:, k]).astype(np.float32)
         for k, axis in enumerate(template.axes_mm())
     )
-    offset = (pivot - (matrix * (pivot + shift_mm)).sum(axis=1)).astype(np.float32)
-    posed = x[:, None, None] + (y[:, None] + (z + offset))
+    offset_mm = pivot - (matrix * (pivot + shift_mm)).sum(axis=1)
+    posed = x[:, None, None] + (y[:, None] + (z + offset_mm.astype(np.float32)))
     for spacing_mm, sd_mm in _WARPS_MM:
         posed += lattice(template.resolution, spacing_mm).draw(rng, 3, sd=sd_mm)
     # Warps and aspect change the brain's volume too: scale once more to the asked size. Every
@@ -172,7 +179,8 @@ def _posed(
     factor = (got / wanted) ** (1 / 3)
     posed *= np.float32(factor)
     posed += ((1 - factor) * pivot).astype(np.float32)
-    return posed, nearest(template.edge_mm, template.to_voxels(posed))
+    distance = nearest(template.edge_mm, template.to_voxels(posed))
+    return posed, distance, factor * matrix, factor * offset_mm + (1 - factor) * pivot
 
 
 @lru_cache(maxsize=2)

@@ -1,0 +1,1 @@
+"""The difficulty ladder of the synthetic cohort: networks beside ever better simple regressors."""
