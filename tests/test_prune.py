@@ -341,9 +341,10 @@ def test_bad_arguments_are_refused(
 def test_the_user_page_runs() -> None:
     page = (Path(__file__).parents[1] / "docs" / "pruning.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:
-        exec(compile(block, "docs/pruning.md", "exec"), {})
+    assert len(blocks) == 4
+    names: dict[str, object] = {}
+    for block in blocks:  # in the order of reading, each with what the ones before made
+        exec(compile(block, "docs/pruning.md", "exec"), names)
 
 
 def test_sparsity_report_counts_over_prunable_weights_and_over_all() -> None:
