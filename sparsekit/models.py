@@ -104,12 +104,19 @@ class BrainAgeCNN(nn.Module):
         self.reset_parameters(generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw Glorot-uniform weights; biases become 0 and the last one `mean_age`."""
+        """Draw Glorot-uniform weights; biases become 0 and the last one `mean_age`.
+
+        The last weights are divided by `age_scale`, so that the first predictions do not depend
+        on it.
+        """
         for module in self.modules():
             if isinstance(module, nn.Conv3d):
                 nn.init.xavier_uniform_(module.weight, generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        # Else the first steps, far from the mean age, can leave the units before it dead.
+        with torch.no_grad():
+            self.out.weight /= self.age_scale
         if self.out.bias is not None:
             nn.init.constant_(self.out.bias, self.mean_age)
 

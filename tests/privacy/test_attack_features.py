@@ -82,7 +82,7 @@ def test_they_are_those_of_plain_autograd() -> None:
         seen = found["gradient-magnitudes"][place]
         here = np.array(norms) > 1e-4
         assert here.sum() > 4
-        np.testing.assert_allclose(seen[here], np.log(norms)[here], rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(seen[here], np.log(np.array(norms)[here]), rtol=1e-3, atol=1e-3)
         for group, layer in (("output-gradient", "out"), ("neck-gradient", "neck")):
             parts = [gradients[f"{layer}.weight"].flatten(), gradients[f"{layer}.bias"]]
             whole = torch.cat(parts).numpy()
