@@ -25,6 +25,10 @@ def answer(site: Site, request: Buffer, abandoned: Callable[[], bool]) -> tuple[
     return framed.FAILURE, account(outcome, detail)
 
 
+UNTOLD = "it was not told what the run is about"
+"""Detail of a failure: the request came before an introduction, which is to be sent again."""
+
+
 def account(outcome: str, detail: str) -> bytes:
     """Return the bytes that `read_account` reads."""
     return messages.pack({"outcome": outcome, "detail": detail})

@@ -26,7 +26,7 @@ from typing import Any
 from sparsekit.errors import CodecError, RunError
 from sparsekit.fed import messages
 from sparsekit.fed.engines import framed, minder
-from sparsekit.fed.engines.answers import read_account
+from sparsekit.fed.engines.answers import UNTOLD, read_account
 from sparsekit.fed.engines.base import Answered, Failure, Reply, ask_all
 from sparsekit.fed.engines.framed import BrokenFrameError, Connection
 from sparsekit.fed.engines.options import counters
@@ -198,7 +198,7 @@ class RelayedEngine:
     ) -> dict[str, Reply | Failure]:
         """Send each site its request, so many at a time."""
         before, start = self._count(), time.monotonic()
-        replies = ask_all(self._pool, self._ask, requests, self._sizes, answered)
+        replies = ask_all(self._pool, self._ask_told, requests, self._sizes, answered)
         if before is not None and (after := self._count()) is not None:
             row = {name: after[name] - before[name] for name in before}
             payload = {
@@ -215,6 +215,14 @@ class RelayedEngine:
             f"interface_{name}_bytes": int((self._counters / f"{short}_bytes").read_text())
             for name, short in (("sent", "tx"), ("received", "rx"))
         }
+
+    def _ask_told(self, name: str, request: bytes) -> Reply | Failure:
+        reply = self._ask(name, request)
+        if isinstance(reply, Failure) and reply.detail == UNTOLD:
+            # The framework has started the site again since the run began.
+            told = self._ask(name, self._introduction)
+            reply = told if isinstance(told, Failure) else self._ask(name, request)
+        return reply
 
     def _ask(self, name: str, request: bytes) -> Reply | Failure:
         future: Future[Reply | Failure] = Future()

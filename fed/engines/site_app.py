@@ -20,7 +20,7 @@ from sparsekit.errors import CodecError, SparsekitError, UsageError
 from sparsekit.fed import messages
 from sparsekit.fed.config import RunConfig, make_config
 from sparsekit.fed.engines import framed
-from sparsekit.fed.engines.answers import account, answer
+from sparsekit.fed.engines.answers import UNTOLD, account, answer
 from sparsekit.fed.prepare import prepare_sites
 from sparsekit.fed.site import Site
 from sparsekit.fed.storage import write_atomically
@@ -159,7 +159,7 @@ class SiteApp:
                 self._site = self._prepare(messages.unpack(request).control[_INTRODUCE])
                 return framed.REPLY, self._site.hello()
             if self._site is None:
-                return framed.FAILURE, account("dead", "it was not told what the run is about")
+                return framed.FAILURE, account("dead", UNTOLD)
             reply = answer(self._site, request, lambda: self._newest != number)
             self._keep(self._site)
             return reply

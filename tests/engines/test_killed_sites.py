@@ -147,13 +147,16 @@ def test_flower_goes_on_without_a_site_until_it_is_back(
         game.wait_for(f"WARNING round 2: {SITE} is out: ")
         # What the site's administrator does, who starts the SuperNode with its key again.
         node = nodes[0]
-        log = (game.run / "engine.log").open("ab")
-        subprocess.Popen(
-            node.command, env=node.environment, cwd=node.folder, stdin=subprocess.DEVNULL,
-            stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
+        with (game.run / "engine.log").open("ab") as log:
+            restarted.append(subprocess.Popen(
+                node.command, env=node.environment, cwd=node.folder, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log, start_new_session=True,
+            ))  # fmt: skip
 
+    restarted: list[subprocess.Popen[bytes]] = []
     outcomes = play("flower", FLOWER, two_sites, tmp_path, act).read_outcomes()
+    for process in restarted:
+        process.wait(DEADLINE_SECONDS)
     record_property("outcomes", json.dumps(outcomes))
     outcome, seconds = outcomes[2]
     assert outcome in ("late", "dead")

@@ -17,6 +17,8 @@ import pytest
 from sparsekit.errors import MissingExtraError, RunError, UsageError
 from sparsekit.fed.config import RunConfig, dump_config, load_config_file, make_config
 from sparsekit.fed.engines import framed, minder, opening, options, relayed
+from sparsekit.fed.engines.answers import UNTOLD
+from sparsekit.fed.engines.base import Failure, Reply
 from sparsekit.fed.engines.framed import Connection
 from sparsekit.fed.engines.relayed import RelayedEngine
 from sparsekit.fed.engines.site_app import SiteApp, introduction
@@ -355,3 +357,23 @@ def test_paths_of_a_site_file_are_seen_from_it(tmp_path: Path) -> None:
     settings = SiteApp(tmp_path / "site.toml").settings
     assert settings.cohort == str(tmp_path / "scans/people.csv")
     assert settings.folder == "/srv/results"
+
+
+def test_a_site_that_was_started_again_is_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bytes] = []
+    told: set[str] = set()
+
+    def ask(_: RelayedEngine, name: str, request: bytes) -> Reply | Failure:
+        asked.append(request)
+        if request == b"introduction":
+            told.add(name)
+        return Reply(request, 0.0) if name in told else Failure("dead", UNTOLD)
+
+    engine = object.__new__(RelayedEngine)
+    engine._introduction = b"introduction"
+    monkeypatch.setattr(RelayedEngine, "_ask", ask)
+    assert engine._ask_told("a", b"train") == Reply(b"train", 0.0)
+    assert asked == [b"train", b"introduction", b"train"]
+    told.clear()
+    monkeypatch.setattr(RelayedEngine, "_ask", lambda *_: Failure("dead", UNTOLD))
+    assert engine._ask_told("a", b"train") == Failure("dead", UNTOLD)
