@@ -6,7 +6,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from sparsekit.fed.config import RunConfig
+from sparsekit.fed.config import RunConfig, make_config
 from sparsekit.fed.runner import start_run
 
 SITES = ("a", "b/c")
@@ -55,7 +55,7 @@ def config_of(cohort: Path, **changes: object) -> RunConfig:
         "engine": "inprocess",
         "keep_checkpoints": 0,
     }
-    return RunConfig(**(settings | changes))  # type: ignore[arg-type]
+    return make_config(settings, changes)
 
 
 @pytest.fixture(scope="session")
