@@ -5,12 +5,12 @@
 Nothing is measured. `--check` changes nothing and exits with 1 if the page is stale.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from page_command import rewrite
 
 from sparsekit import prune
 from sparsekit.kernels.masked_conv3d import gpu_cost
@@ -59,21 +59,15 @@ def section() -> str:
     )
 
 
+def with_section(page: str) -> str:
+    """Return the page with its section written anew."""
+    before, rest = page.split(START)
+    return before + START + section() + END + rest.split(END)[1]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the section, or say that it is stale; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true")
-    options = parser.parse_args(argv)
-    text = PAGE.read_text(encoding="utf-8")
-    before, rest = text.split(START)
-    wanted = before + START + section() + END + rest.split(END)[1]
-    if wanted == text:
-        return 0
-    if options.check:
-        print("docs/pruning.md is stale: run tools/formats_table.py", file=sys.stderr)
-        return 1
-    PAGE.write_text(wanted, encoding="utf-8")
-    return 0
+    return rewrite(__doc__, PAGE, with_section, argv)
 
 
 if __name__ == "__main__":

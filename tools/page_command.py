@@ -35,3 +35,24 @@ def run(
         return 1
     target.write_text(wanted)
     return 0
+
+
+def rewrite(
+    description: str | None,
+    target: Path,
+    rewritten: Callable[[str], str],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Write tables anew within a page, or say that they are stale; return the exit code."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args(argv)
+    page = target.read_text(encoding="utf-8")
+    wanted = rewritten(page)
+    if wanted == page:
+        return 0
+    if options.check:
+        print(f"{target.relative_to(ROOT)} is stale: run {sys.argv[0]}", file=sys.stderr)
+        return 1
+    target.write_text(wanted, encoding="utf-8")
+    return 0

@@ -5,13 +5,14 @@
 Nothing is measured. `--check` changes nothing and exits with 1 if a table is stale.
 """
 
-import argparse
 import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from page_command import rewrite
 
 from sparsekit.bench.figures import (
     FORWARD,
@@ -257,18 +258,7 @@ def with_tables(page: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the tables, or say that they are stale; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true")
-    options = parser.parse_args(argv)
-    page = PAGE.read_text(encoding="utf-8")
-    wanted = with_tables(page)
-    if wanted == page:
-        return 0
-    if options.check:
-        print("docs/which-sparsity.md is stale: run tools/which_table.py", file=sys.stderr)
-        return 1
-    PAGE.write_text(wanted, encoding="utf-8")
-    return 0
+    return rewrite(__doc__, PAGE, with_tables, argv)
 
 
 if __name__ == "__main__":
